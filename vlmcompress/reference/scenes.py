@@ -1,0 +1,252 @@
+"""Drawn scenes: two to seven objects on a cluttered ground, with coverage per patch.
+
+Everything about a scene is a pure function of its split and its index.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .grounds import SIDE, ground
+from .sprites import COLOURS, GLYPHS, SHAPES, letter, stencil
+
+PATCH = 16
+GRID = SIDE // PATCH
+PATCHES = GRID * GRID
+SIZES = (22, 26, 30, 36, 42, 48)
+GLYPH_SIZE = 42
+GLYPH_RATE = 0.8  # of the objects of at least that size carry a letter
+OBJECT_SHARE = 0.1  # a patch counts as an object's when at least this share of it is covered
+COVERED = (0.08, 0.25)  # share of the patches that objects take
+COLOUR_NAMES = tuple(COLOURS)
+GLYPH_NAMES = tuple(GLYPHS)
+_GAP = 3
+_SEEDS_PER_SPLIT = 2**40
+
+
+class Split(enum.Enum):
+    """Disjoint ranges of scene seeds."""
+
+    TRAIN = 0
+    VALIDATION = 1
+    TEST = 2
+
+    def seed(self, index: int) -> int:
+        """Seed of a scene; different splits never share one.
+
+        Raises:
+            ValueError: if ``index`` leaves the range of the split.
+        """
+        if not 0 <= index < _SEEDS_PER_SPLIT:
+            raise ValueError(f"scene index {index}: allowed are 0 to {_SEEDS_PER_SPLIT - 1}")
+        return self.value * _SEEDS_PER_SPLIT + index
+
+
+@dataclass(frozen=True)
+class Item:
+    """One drawn object.
+
+    Attributes:
+        colour, shape: names; glyph: a letter or None.
+        size: side of its box in pixels; x, y: centre in pixels.
+        asked: whether questions may single it out; the others are only salient.
+        coverage: ``[196]`` share of each patch that it covers.
+    """
+
+    colour: str
+    shape: str
+    glyph: str | None
+    size: int
+    x: float
+    y: float
+    asked: bool
+    coverage: np.ndarray
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Colour and shape."""
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The group that the scene's count question is about: ``value`` occurs ``count`` times."""
+
+    attribute: str
+    value: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it."""
+
+    scene_id: int
+    pixels: np.ndarray
+    items: tuple[Item, ...]
+    counted: Counted
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, 224 x 224 RGB."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def coverage(self) -> np.ndarray:
+        """``[196]`` share of each patch covered by any object."""
+        return np.sum([item.coverage for item in self.items], axis=0)
+
+    def unique(self, **attributes: str) -> Item | None:
+        """The only item with these attributes, or None."""
+        found = [i for i in self.items if all(getattr(i, k) == v for k, v in attributes.items())]
+        return found[0] if len(found) == 1 else None
+
+
+def _attributes(rng: np.random.Generator) -> tuple[list[tuple[str, str]], Counted]:
+    """Colours and shapes of a scene; one value occurs exactly as often as was drawn first."""
+    count = int(rng.integers(1, 5))
+    total = int(rng.integers(max(2, count), 8))
+    attribute = ("colour", "shape")[rng.integers(2)]
+    names = COLOUR_NAMES if attribute == "colour" else SHAPES
+    value = names[rng.integers(len(names))]
+    pairs = []
+    for i in range(total):
+        while True:
+            pair = (COLOUR_NAMES[rng.integers(8)], SHAPES[rng.integers(6)])
+            mine = pair[0] if attribute == "colour" else pair[1]
+            if (mine == value) == (i < count):
+                break
+        pairs.append(pair)
+    order = rng.permutation(total)
+    return [pairs[i] for i in order], Counted(attribute, value, count)
+
+
+def _boxes(rng: np.random.Generator, total: int) -> list[tuple[int, int, int]] | None:
+    """Boxes ``(left, top, size)`` that do not touch, at any offset to the patch grid."""
+    sizes = SIZES[max(0, 6 - total) :] if total < 6 else SIZES[: 12 - total]
+    boxes: list[tuple[int, int, int]] = []
+    for size in sorted(rng.choice(sizes, total).tolist(), reverse=True):
+        for left, top in rng.integers(2, SIDE - size - 1, (40, 2)).tolist():
+            if all(
+                left + size + _GAP <= x
+                or x + s + _GAP <= left
+                or top + size + _GAP <= y
+                or y + s + _GAP <= top
+                for x, y, s in boxes
+            ):
+                boxes.append((left, top, size))
+                break
+        else:
+            return None
+    return [boxes[i] for i in rng.permutation(total)]
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """Where an object goes and what it covers."""
+
+    box: tuple[int, int, int]
+    alpha: np.ndarray
+    shares: np.ndarray
+    glyph: str | None
+    mark: tuple[slice, slice] | None
+
+
+def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> _Stamp:
+    size = box[2]
+    alpha = stencil(shape, size, float(rng.integers(-2, 3) * 4))
+    if size < GLYPH_SIZE or rng.random() > GLYPH_RATE:
+        return _Stamp(box, alpha, patch_shares(alpha, box), None, None)
+    glyph = GLYPH_NAMES[rng.integers(len(GLYPH_NAMES))]
+    ink = letter(glyph)
+    down = size // 12 if shape == "triangle" else 0
+    top, left = (size - ink.shape[0]) // 2 + down, (size - ink.shape[1]) // 2
+    mark = (slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1]))
+    alpha = alpha.copy()
+    alpha[mark][ink] = 1
+    return _Stamp(box, alpha, patch_shares(alpha, box), glyph, mark)
+
+
+def _stamps(rng: np.random.Generator, shapes: list[str]) -> list[_Stamp]:
+    """Place the objects, again and again until they cover neither too little nor too much."""
+    while True:
+        boxes = _boxes(rng, len(shapes))
+        if boxes is None:
+            continue
+        stamps = [_stamp(rng, box, shape) for box, shape in zip(boxes, shapes)]
+        taken = (np.sum([s.shares for s in stamps], axis=0) >= OBJECT_SHARE).mean()
+        if COVERED[0] <= taken <= COVERED[1]:
+            return stamps
+
+
+def patch_shares(alpha: np.ndarray, box: tuple[int, int, int]) -> np.ndarray:
+    """Share of each patch that an alpha mask covers, ``[196]`` float32."""
+    left, top, size = box
+    x0, y0 = left // PATCH, top // PATCH
+    x1, y1 = -(-(left + size) // PATCH), -(-(top + size) // PATCH)
+    window = np.zeros(((y1 - y0) * PATCH, (x1 - x0) * PATCH), np.float32)
+    dy, dx = top - y0 * PATCH, left - x0 * PATCH
+    window[dy : dy + size, dx : dx + size] = alpha
+    shares = np.zeros((GRID, GRID), np.float32)
+    blocks = window.reshape(y1 - y0, PATCH, x1 - x0, PATCH)
+    shares[y0:y1, x0:x1] = blocks.mean(axis=(1, 3))
+    return shares.reshape(-1)
+
+
+def _salient_only(rng: np.random.Generator, total: int) -> set[int]:
+    """Indices of the objects that no question singles out: up to a third of them."""
+    spare = int(rng.integers(0, total // 3 + 1)) if total >= 4 else 0
+    return set(rng.permutation(total)[:spare].tolist())
+
+
+def _paint(rng: np.random.Generator, stamp: _Stamp, colour: str) -> np.ndarray:
+    """Colours of one object, ``[size, size, 3]`` float32: its own shade, lit from one side."""
+    size = stamp.box[2]
+    base = np.array(COLOURS[colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+    light = np.linspace(*rng.uniform(0.88, 1.1, 2), size, dtype=np.float32)
+    paint = np.clip(base * light[:, None, None], 0, 255).repeat(size, axis=1)
+    if stamp.glyph is not None:
+        dark = base @ np.array([0.3, 0.59, 0.11], np.float32) > 120
+        paint[stamp.mark][letter(stamp.glyph)] = 15 if dark else 245
+    return paint
+
+
+def _compose(rng: np.random.Generator, stamps: list[_Stamp], colours: list[str]) -> np.ndarray:
+    """Paint the objects on a ground and add sensor noise."""
+    canvas = ground(rng)
+    for stamp, colour in zip(stamps, colours):
+        left, top, size = stamp.box
+        view = canvas[top : top + size, left : left + size]
+        alpha = stamp.alpha[..., None]
+        view[:] = (view * (1 - alpha) + _paint(rng, stamp, colour) * alpha).astype(np.uint8)
+    noise = rng.integers(0, 11, canvas.shape, dtype=np.uint8)
+    return np.clip(canvas, 5, 250) + noise - 5
+
+
+def scene(split: Split | str, index: int) -> Scene:
+    """Draw a scene.
+
+    Args:
+        split: a `Split` or its name in lower case.
+        index: number of the scene in its split.
+
+    Returns:
+        The same scene for the same arguments, always.
+    """
+    split = Split[split.upper()] if isinstance(split, str) else split
+    seed = split.seed(index)
+    rng = np.random.default_rng(seed)
+    pairs, counted = _attributes(rng)  # before the places, so that no rejection tilts the answers
+    spare = _salient_only(rng, len(pairs))
+    stamps = _stamps(rng, [shape for _, shape in pairs])
+    items = []
+    for i, (pair, stamp) in enumerate(zip(pairs, stamps)):
+        left, top, size = stamp.box
+        x, y = left + size / 2, top + size / 2
+        items.append(Item(*pair, stamp.glyph, size, x, y, i not in spare, stamp.shares))
+    pixels = _compose(rng, stamps, [colour for colour, _ in pairs])
+    return Scene(seed, pixels, tuple(items), counted)
