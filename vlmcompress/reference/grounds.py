@@ -8,21 +8,19 @@ from PIL import Image, ImageDraw
 SIDE = 224
 
 
-def _texture(rng: np.random.Generator) -> np.ndarray:
-    """Two octaves of smooth grey noise, ``[SIDE, SIDE]`` float32."""
-    level = rng.uniform(95, 160)
-    total = np.full((SIDE, SIDE), level, np.float32)
-    for cells, amplitude in ((7, 22), (40, 12)):
-        coarse = rng.uniform(-amplitude, amplitude, (cells, cells)).astype(np.float32)
-        smooth = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        total += np.asarray(smooth)
-    return total
+def _texture(rng: np.random.Generator) -> Image.Image:
+    """Two octaves of smooth grey noise with a slight tint, enlarged."""
+    broad = rng.uniform(-22, 22, (7, 7)).astype(np.float32)
+    enlarged = Image.fromarray(broad).resize((40, 40), Image.Resampling.BILINEAR)
+    grey = np.asarray(enlarged) + rng.uniform(-12, 12, (40, 40)) + rng.uniform(95, 160)
+    small = Image.fromarray((grey[..., None] + rng.uniform(-8, 8, 3)).astype(np.uint8))
+    return small.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def _muted(rng: np.random.Generator) -> tuple[int, int, int]:
     """A dull colour, far from every object colour."""
     shade = rng.integers(55, 200)
-    red, green, blue = (int(v) for v in np.clip(shade + rng.integers(-16, 17, 3), 0, 255))
+    red, green, blue = (shade + rng.integers(-16, 17, 3)).tolist()
     return red, green, blue
 
 
@@ -35,9 +33,7 @@ def ground(rng: np.random.Generator) -> np.ndarray:
     Returns:
         ``[224, 224, 3]`` uint8.
     """
-    tint = rng.uniform(-8, 8, 3).astype(np.float32)
-    base = np.clip(_texture(rng)[..., None] + tint, 0, 255).astype(np.uint8)
-    canvas = Image.fromarray(base)
+    canvas = _texture(rng)
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(3, 9)):
         points = rng.integers(-10, SIDE + 10, 6).tolist()

@@ -26,16 +26,24 @@ ANSWERS = {
 PHRASES = {
     "exists": ("Is there {a} {pair}?", "Do you see {a} {pair}?", "Does the image show {a} {pair}?"),
     "count": ("How many objects are {v}?", "Count the {v} objects.", "What number of {v} objects?"),
-    "count_shape": ("How many objects are a {v}?", "Count the {v} shapes.", "What number is {v}?"),
+    "count_shape": (
+        "How many objects look like a {v}?",
+        "Count the {v} shapes.",
+        "What number of {v} shapes?",
+    ),
     "colour": ("What colour is the {v}?", "Name the colour of the {v}.", "The {v} is which colour?"),
     "shape": (
         "What shape is the {v} object?",
         "Name the shape of the {v} object.",
         "The {v} object is which shape?",
     ),
-    "relation": (
-        "Is the {one} {x} or {y} of the {two}?",
-        "The {one} is {x} or {y} of the {two}?",
+    "beside": (
+        "Is the {one} left or right of the {two}?",
+        "The {one} is left or right of the {two}?",
+    ),
+    "over": (
+        "Is the {one} above or below the {two}?",
+        "The {one} is above or below the {two}?",
     ),
     "quadrant": (
         "Which corner has the {pair}?",
@@ -50,6 +58,7 @@ PHRASES = {
 }
 _MIDLINE = 10  # pixels that a quadrant's object keeps from the midlines
 _APART = 24  # pixels between two compared centres
+_AXES = (("x", "beside", ("left", "right")), ("y", "over", ("above", "below")))
 
 
 @dataclass(frozen=True)
@@ -131,16 +140,15 @@ def _relation(scene: Scene, rng: np.random.Generator, kind: str) -> Question | N
     options = []
     for i in _by_pair(scene):
         for j in _by_pair(scene):
-            for axis, words in (("x", ("left", "right")), ("y", ("above", "below"))):
+            for axis, key, words in _AXES:
                 gap = getattr(scene.items[i], axis) - getattr(scene.items[j], axis)
                 if abs(gap) >= _APART:
-                    options.append((i, j, words, words[int(gap > 0)]))
+                    options.append((i, j, key, words[int(gap > 0)]))
     found = _pick(rng, options)
     if found is None:
         return None
-    i, j, words, answer = found
-    one, two = _name(scene.items[i]), _name(scene.items[j])
-    text = _phrase(rng, "relation", one=one, two=two, x=words[0], y=words[1])
+    i, j, key, answer = found
+    text = _phrase(rng, key, one=_name(scene.items[i]), two=_name(scene.items[j]))
     return Question(kind, text, answer, (i, j))
 
 

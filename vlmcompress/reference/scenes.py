@@ -6,6 +6,7 @@ Everything about a scene is a pure function of its split and its index.
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ COLOUR_NAMES = tuple(COLOURS)
 GLYPH_NAMES = tuple(GLYPHS)
 _GAP = 3
 _SEEDS_PER_SPLIT = 2**40
+_PAINT_STREAM = 5  # keeps the painting's randomness apart from the layout's
 
 
 class Split(enum.Enum):
@@ -44,6 +46,17 @@ class Split(enum.Enum):
         if not 0 <= index < _SEEDS_PER_SPLIT:
             raise ValueError(f"scene index {index}: allowed are 0 to {_SEEDS_PER_SPLIT - 1}")
         return self.value * _SEEDS_PER_SPLIT + index
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Where an object goes and what it covers."""
+
+    box: tuple[int, int, int]
+    alpha: np.ndarray
+    shares: np.ndarray
+    glyph: str | None
+    mark: tuple[slice, slice] | None
 
 
 @dataclass(frozen=True)
@@ -83,12 +96,18 @@ class Counted:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it."""
+    """What is in a picture, and the picture, which is painted when first looked at."""
 
     scene_id: int
-    pixels: np.ndarray
     items: tuple[Item, ...]
     counted: Counted
+    stamps: tuple[Stamp, ...]
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """The picture, ``[224, 224, 3]`` uint8."""
+        rng = np.random.default_rng([_PAINT_STREAM, self.scene_id])
+        return _compose(rng, self.stamps, [item.colour for item in self.items])
 
     @property
     def image(self) -> Image.Image:
@@ -145,22 +164,11 @@ def _boxes(rng: np.random.Generator, total: int) -> list[tuple[int, int, int]] |
     return [boxes[i] for i in rng.permutation(total)]
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """Where an object goes and what it covers."""
-
-    box: tuple[int, int, int]
-    alpha: np.ndarray
-    shares: np.ndarray
-    glyph: str | None
-    mark: tuple[slice, slice] | None
-
-
-def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> _Stamp:
+def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> Stamp:
     size = box[2]
     alpha = stencil(shape, size, float(rng.integers(-2, 3) * 4))
     if size < GLYPH_SIZE or rng.random() > GLYPH_RATE:
-        return _Stamp(box, alpha, patch_shares(alpha, box), None, None)
+        return Stamp(box, alpha, patch_shares(alpha, box), None, None)
     glyph = GLYPH_NAMES[rng.integers(len(GLYPH_NAMES))]
     ink = letter(glyph)
     down = size // 12 if shape == "triangle" else 0
@@ -168,16 +176,16 @@ def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> _
     mark = (slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1]))
     alpha = alpha.copy()
     alpha[mark][ink] = 1
-    return _Stamp(box, alpha, patch_shares(alpha, box), glyph, mark)
+    return Stamp(box, alpha, patch_shares(alpha, box), glyph, mark)
 
 
-def _stamps(rng: np.random.Generator, shapes: list[str]) -> list[_Stamp]:
+def _stamps(rng: np.random.Generator, shapes: list[str]) -> tuple[Stamp, ...]:
     """Place the objects, again and again until they cover neither too little nor too much."""
     while True:
         boxes = _boxes(rng, len(shapes))
         if boxes is None:
             continue
-        stamps = [_stamp(rng, box, shape) for box, shape in zip(boxes, shapes)]
+        stamps = tuple(_stamp(rng, box, shape) for box, shape in zip(boxes, shapes))
         taken = (np.sum([s.shares for s in stamps], axis=0) >= OBJECT_SHARE).mean()
         if COVERED[0] <= taken <= COVERED[1]:
             return stamps
@@ -203,7 +211,7 @@ def _salient_only(rng: np.random.Generator, total: int) -> set[int]:
     return set(rng.permutation(total)[:spare].tolist())
 
 
-def _paint(rng: np.random.Generator, stamp: _Stamp, colour: str) -> np.ndarray:
+def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
     """Colours of one object, ``[size, size, 3]`` float32: its own shade, lit from one side."""
     size = stamp.box[2]
     base = np.array(COLOURS[colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
@@ -215,7 +223,7 @@ def _paint(rng: np.random.Generator, stamp: _Stamp, colour: str) -> np.ndarray:
     return paint
 
 
-def _compose(rng: np.random.Generator, stamps: list[_Stamp], colours: list[str]) -> np.ndarray:
+def _compose(rng: np.random.Generator, stamps: tuple[Stamp, ...], colours: list[str]) -> np.ndarray:
     """Paint the objects on a ground and add sensor noise."""
     canvas = ground(rng)
     for stamp, colour in zip(stamps, colours):
@@ -223,8 +231,8 @@ def _compose(rng: np.random.Generator, stamps: list[_Stamp], colours: list[str])
         view = canvas[top : top + size, left : left + size]
         alpha = stamp.alpha[..., None]
         view[:] = (view * (1 - alpha) + _paint(rng, stamp, colour) * alpha).astype(np.uint8)
-    noise = rng.integers(0, 11, canvas.shape, dtype=np.uint8)
-    return np.clip(canvas, 5, 250) + noise - 5
+    noise = rng.integers(0, 256, canvas.shape, dtype=np.uint8) & 7
+    return np.clip(canvas, 4, 251) + noise - 4
 
 
 def scene(split: Split | str, index: int) -> Scene:
@@ -248,5 +256,4 @@ def scene(split: Split | str, index: int) -> Scene:
         left, top, size = stamp.box
         x, y = left + size / 2, top + size / 2
         items.append(Item(*pair, stamp.glyph, size, x, y, i not in spare, stamp.shares))
-    pixels = _compose(rng, stamps, [colour for colour, _ in pairs])
-    return Scene(seed, pixels, tuple(items), counted)
+    return Scene(seed, tuple(items), counted, stamps)
