@@ -1,0 +1,320 @@
+"""Latency of a patched model against the same model unpatched, interleaved in one process.
+
+Definitions: TTFT is one `model(**inputs, use_cache=True, logits_to_keep=1)`, from the pixel tensor
+on the device to the first token's logits. TPOT is the time of the later tokens of one greedy
+`generate`, divided by their number. The floor is the tower alone (`get_image_features`, all layers)
+plus the prefill of the shortened sequence alone; the floor ratio says how far a method's TTFT is
+from it (skipping tower layers that nobody reads can give less than 1). Ratios are medians of ratios
+taken within one round.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from eval_harness import flops, machine
+from eval_harness.clock import Clock, Mark
+from eval_harness.stages import Parts, Trace, parts, timed_call
+from vlmcompress.core.errors import ConfigError
+
+DEFAULT = ("vtc_cls", 0.1)
+"""The configuration whose floor ratio stands at the top of the results."""
+
+_NO_EVIDENCE = "uniform"  # a method that looks at nothing
+_STAGES = ("tower", "selection", "connector", "prefill")
+_DECODE_REPEATS = 3
+
+Keep: TypeAlias = float | int | str
+Sample: TypeAlias = dict[str, float]
+Side: TypeAlias = Callable[[], Sample]
+
+
+def bench(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    configs: Sequence[tuple[str, Keep]],
+    *,
+    repeats: int = 10,
+    warmup: int = 2,
+    new_tokens: int = 16,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Time each configuration against the unpatched model.
+
+    Args:
+        model: an unpatched VLM; unpatched again afterwards.
+        inputs: what the processor returns, on the model's device.
+        configs: (method, keep) pairs.
+        repeats: timed rounds; each runs every side once, in an order that alternates.
+        warmup: rounds that are thrown away.
+        new_tokens: length of the generation that TPOT is taken from; below 2 it is not measured.
+        progress: called with a line of text now and then.
+
+    Returns:
+        JSON-ready: `machine`, `protocol`, `floor_ratio` (of `DEFAULT`; None when it is not among
+        `configs`) and `configs`, one entry per pair: times in seconds, memory in bytes, FLOPs.
+
+    Raises:
+        ConfigError: without configurations or rounds.
+        UnsupportedModelError: when the model's stages cannot be told apart.
+    """
+    if not configs or repeats < 1 or warmup < 0:
+        raise ConfigError(
+            f"bench needs configurations, repeats >= 1 and warmup >= 0; got {len(configs)} "
+            f"configurations, repeats={repeats}, warmup={warmup}."
+        )
+    from vlmcompress import patch
+
+    say = progress or (lambda line: None)
+    rows = []
+    with patch(model, configs[0][0], keep=configs[0][1]) as handle:
+        for method, keep in configs:
+            say(f"{method} at keep {keep}")
+            one = _Bench(model, inputs, handle, Clock(model.device), parts(model), method, keep)
+            rows.append(one.run(repeats, warmup, new_tokens))
+            say(f"{method} at keep {keep}: floor ratio {rows[-1]['floor_ratio']:.3f}")
+    return {
+        "machine": machine.describe(model),
+        "protocol": {"repeats": repeats, "warmup": warmup, "new_tokens": new_tokens},
+        "floor_ratio": next(
+            (r["floor_ratio"] for r in rows if (r["method"], r["keep"]) == DEFAULT), None
+        ),
+        "configs": rows,
+    }
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The sides of one configuration's comparison."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    handle: Any
+    clock: Clock
+    parts: Parts
+    method: str
+    keep: Keep
+
+    def run(self, repeats: int, warmup: int, new_tokens: int) -> dict[str, Any]:
+        """Everything that is reported of this configuration."""
+        before, after = self._probe(patched=False), self._probe(patched=True)
+        samples = interleave(self._sides(after.embeddings), repeats, warmup)
+        tpot = self._tpot(new_tokens)
+        return {
+            "method": self.method,
+            "keep": self.keep,
+            **_timings(samples),
+            **_against_floor(samples),
+            "evidence": _evidence(samples),
+            "tpot": tpot["method"],
+            **after.facts,
+            "baseline": {**_timings(samples, "baseline"), "tpot": tpot["baseline"], **before.facts},
+        }
+
+    def _prefill(self) -> Any:
+        return self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+
+    def _probe(self, patched: bool) -> _Probe:
+        """One untimed prefill that tells shapes, cache and memory."""
+        with self._patched() if patched else self.handle.disabled(), torch.no_grad():
+            _, trace, output = timed_call(self._prefill, self.parts, self.clock, True)
+            kept = self.handle.last.kept if patched else None
+            peak = self.clock.peak_memory(self._prefill)
+        facts = {
+            "tokens": self._image_tokens() if kept is None else sum(len(k) for k in kept),
+            "prompt_tokens": trace.embeddings.shape[1],
+            "kv_bytes": kv_bytes(output.past_key_values),
+            "peak_memory_bytes": peak,
+            "flops": self._flops(trace),
+        }
+        return _Probe(facts, trace.embeddings)
+
+    def _patched(self) -> Any:
+        self.handle.set(method=self.method, keep=self.keep)
+        return torch.no_grad()
+
+    def _image_tokens(self) -> int:
+        return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
+
+    def _flops(self, trace: Trace) -> dict[str, int] | None:
+        config = self.model.config
+        if config.model_type != "llava" or "clip" not in config.vision_config.model_type:
+            return None
+        return flops.prefill(
+            config,
+            images=self.inputs["pixel_values"].shape[0],
+            connector_tokens=trace.connector_tokens,
+            prompt_tokens=trace.embeddings.shape[1],
+        ).to_dict()
+
+    def _sides(self, short: Tensor) -> dict[str, Side]:
+        sides: dict[str, Side] = {
+            "baseline": self._baseline,
+            "tower_alone": self._tower_alone,
+            "method": lambda: self._as(self.method),
+            "prefill_alone": lambda: self._prefill_alone(short),
+        }
+        if self._looks_at_the_tower():
+            sides["no_evidence"] = lambda: self._as(_NO_EVIDENCE)
+        return sides
+
+    def _looks_at_the_tower(self) -> bool:
+        from vlmcompress.methods import registry
+
+        known = isinstance(self.method, str) and self.method in registry.names()
+        return known and registry.create(self.method).needs().attention
+
+    def _baseline(self) -> Sample:
+        with self.handle.disabled():
+            return timed_call(self._prefill, self.parts, self.clock)[0]
+
+    def _as(self, method: str) -> Sample:
+        self.handle.set(method=method, keep=self.keep)
+        sample, _, _ = timed_call(self._prefill, self.parts, self.clock)
+        reported = {f"reported_{k}": v for k, v in self.handle.last.times.items()}
+        return {**sample, **reported}
+
+    def _tower_alone(self) -> Sample:
+        function = self.model.get_image_features
+        names = set(inspect.signature(function).parameters) & set(self.inputs)
+        given = {name: self.inputs[name] for name in names - {"input_ids", "attention_mask"}}
+        with self.handle.disabled(), torch.no_grad():
+            return {"seconds": self.clock.time(lambda: function(**given))}
+
+    def _prefill_alone(self, embeddings: Tensor) -> Sample:
+        def call() -> None:
+            hidden = self.parts.language_model(inputs_embeds=embeddings, use_cache=True)[0]
+            self.parts.head(hidden[:, -1:])
+
+        with self.handle.disabled(), torch.no_grad():
+            return {"seconds": self.clock.time(call)}
+
+    def _tpot(self, new_tokens: int) -> dict[str, float | None]:
+        if new_tokens < 2:
+            return {"baseline": None, "method": None}
+        sides: dict[str, Side] = {
+            "baseline": lambda: self._decode(new_tokens, self.handle.disabled()),
+            "method": lambda: self._decode(new_tokens, self._patched()),
+        }
+        samples = interleave(sides, _DECODE_REPEATS, 1)
+        return {name: median(s["tpot"] for s in rows) for name, rows in samples.items()}
+
+    def _decode(self, new_tokens: int, context: Any) -> Sample:
+        steps = _StepMarks(self.clock)
+        with context, torch.no_grad():
+            self.clock.synchronize()
+            self.model.generate(
+                **self.inputs,
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                logits_processor=LogitsProcessorList([steps]),
+            )
+        self.clock.synchronize()
+        first, last = steps.marks[0], steps.marks[-1]
+        return {"tpot": self.clock.seconds(first, last) / (len(steps.marks) - 1)}
+
+
+@dataclass(frozen=True)
+class _Probe:
+    facts: dict[str, Any]
+    embeddings: Tensor
+
+
+class _StepMarks(LogitsProcessor):
+    """Changes nothing and notes when each token's logits were there."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.marks: list[Mark] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.marks.append(self.clock.mark())
+        return scores
+
+
+def interleave(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, list[Sample]]:
+    """Run every side once per round, each second round in reverse order (ABBA).
+
+    Returns:
+        {side: [sample of round 0, ...]} without the warm-up rounds.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    for turn in range(-warmup, repeats):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            sample = sides[name]()
+            if turn >= 0:
+                samples[name].append(sample)
+    return samples
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 90th percentile and minimum."""
+    p90 = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
+    return {"median": median(values), "p90": p90, "min": min(values)}
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds."""
+    return sum(
+        values.nbytes
+        for layer in cache.layers
+        for values in (layer.keys, layer.values)
+        if values is not None
+    )
+
+
+def _timings(samples: dict[str, list[Sample]], side: str = "method") -> dict[str, Any]:
+    rows = samples[side]
+    found: dict[str, Any] = {
+        "ttft": summary([row["ttft"] for row in rows]),
+        "stages": {stage: median(row[stage] for row in rows) for stage in _STAGES},
+    }
+    reported = sorted({key for row in rows for key in row if key.startswith("reported_")})
+    if side == "method":
+        found["reported"] = {
+            key.removeprefix("reported_"): median(row[key] for row in rows if key in row)
+            for key in reported
+        }
+    return found
+
+
+def _against_floor(samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    method = [row["ttft"] for row in samples["method"]]
+    tower = [row["seconds"] for row in samples["tower_alone"]]
+    prefill = [row["seconds"] for row in samples["prefill_alone"]]
+    baseline = [row["ttft"] for row in samples["baseline"]]
+    rounds = list(zip(method, tower, prefill, strict=True))
+    return {
+        "floor_ratio": median(ttft / (alone + short) for ttft, alone, short in rounds),
+        "speedup": median(b / m for b, m in zip(baseline, method, strict=True)),
+        "tower_alone": summary(tower),
+        "prefill_alone": summary(prefill),
+    }
+
+
+def _evidence(samples: dict[str, list[Sample]]) -> dict[str, float | None] | None:
+    """What looking at the tower costs: with it minus without it, round by round."""
+    if "no_evidence" not in samples:
+        return None
+    on = [row["tower"] for row in samples["method"]]
+    off = [row["tower"] for row in samples["no_evidence"]]
+    reported = [row.get("reported_evidence") for row in samples["method"]]
+    direct = None if None in reported else median(reported)
+    pairs = list(zip(on, off, strict=True))
+    return {
+        "tower_on": median(on),
+        "tower_off": median(off),
+        "difference": median(a - b for a, b in pairs),
+        "share_of_tower": median((a - b) / b for a, b in pairs),
+        "reported": direct,
+        "reported_share_of_tower": None if direct is None else direct / median(off),
+    }

@@ -1,0 +1,69 @@
+"""What a measurement must say about where it was taken."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Machine, versions and the model's type, kernel and shape, JSON-ready."""
+    device = torch.device(model.device)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": _device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": _kernels(model.config),
+        "shape": getattr(model, "name_or_path", "") or type(model).__name__,
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout that holds this package, `-dirty` when files differ; or empty."""
+    here = str(Path(__file__).parent)
+    try:
+        found = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _kernels(config: Any) -> dict[str, str]:
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    return {
+        name: str(part._attn_implementation)
+        for name, part in (("tower", vision), ("language_model", text))
+        if part is not None
+    }

@@ -1,0 +1,217 @@
+"""Run the vision tower once per image and ask many configurations about it.
+
+One pass records the tower's output and the evidence that all methods together ask for. Later passes
+get the recorded output in place of the tower's, and methods the recorded evidence; selection,
+connector, placement and language model are the library's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+from vlmcompress.methods.base import Layer, Method, Needs, TokenCompressor, resolve_layer
+
+
+@dataclass(init=False, eq=False)
+class Recorder(TokenCompressor):
+    """Keeps one token and notes the evidence it was shown."""
+
+    name: ClassVar[str] = "recorder"
+
+    def __init__(self, needs: Needs) -> None:
+        """With nothing recorded yet of these needs."""
+        self._needs = needs
+        self.seen: list[VisualTokens] = []
+
+    def needs(self) -> Needs:
+        """What is recorded."""
+        return self._needs
+
+    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+        """One."""
+        return 1
+
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """The first token of each image."""
+        self.seen.append(tokens)
+        return tokens.select(tokens.index.new_zeros(len(tokens.owner), 1))
+
+
+@dataclass(init=False, eq=False)
+class Remembering(TokenCompressor):
+    """A method that is shown recorded evidence instead of the tower's."""
+
+    def __init__(
+        self, inner: TokenCompressor, evidence: Evidence, images: Tensor, depth: int
+    ) -> None:
+        """Of a method.
+
+        Args:
+            inner: the method.
+            evidence: of the recorded images.
+            images: [rows] recorded image of each image of the call.
+            depth: layers of the tower.
+        """
+        self.inner, self.images = inner, images
+        self.evidence = _asked_for(inner.needs(), evidence, depth)
+        self.name, self.reads, self.scored = inner.name, inner.reads, inner.scored  # type: ignore[misc]
+        self.training_free = inner.training_free  # type: ignore[misc]
+
+    def needs(self) -> Needs:
+        """Nothing of the tower."""
+        return Needs(text=self.inner.needs().text)
+
+    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+        """As the method says."""
+        return self.inner.tokens_kept(segments, keep)
+
+    def allocate(self, units: Sequence[Sequence[Segment]], keep: float | int) -> list[int]:
+        """As the method says."""
+        return self.inner.allocate(units, keep)
+
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """As the method does, looking at what was recorded."""
+        evidence = self.evidence.take_units(self.images[tokens.owner])
+        evidence = dataclasses.replace(evidence, text=tokens.evidence.text)
+        return self.inner.compress(dataclasses.replace(tokens, evidence=evidence), keep)
+
+
+def _asked_for(needs: Needs, have: Evidence, depth: int) -> Evidence:
+    def pick(layers: tuple[Layer, ...], rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {i: rows[i] for i in sorted({resolve_layer(layer, depth) for layer in layers})}
+
+    return Evidence(
+        pick(needs.cls_attention, have.cls_attention),
+        pick(needs.received_attention, have.received_attention),
+        pick(needs.keys, have.keys),
+    )
+
+
+def union(methods: Sequence[Method]) -> Needs:
+    """The tower evidence that these methods ask for together."""
+    needs = [method.needs() for method in methods]
+    return Needs(
+        tuple({layer: None for n in needs for layer in n.cls_attention}),
+        tuple({layer: None for n in needs for layer in n.received_attention}),
+        tuple({layer: None for n in needs for layer in n.keys}),
+    )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the tower made of a batch whose rows share images.
+
+    Attributes:
+        tower: the module.
+        output: its output, one row per row of the batch.
+        evidence: of the different images.
+        images: [rows] image of each row.
+    """
+
+    tower: nn.Module
+    output: Any
+    evidence: Evidence
+    images: Tensor
+
+    def method(self, method: Any) -> Any:
+        """The method with the recorded evidence, or itself when it looks at none."""
+        if not isinstance(method, TokenCompressor) or not method.needs().attention:
+            return method
+        return Remembering(method, self.evidence, self.images, depth(self.tower))
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Calls of the tower return the recorded output in the body of the `with`."""
+        before = self.tower.__dict__.get("forward")
+        # The caller may write into the output, so each call gets a new one.
+        self.tower.__dict__["forward"] = lambda *args, **kwargs: _map(self.output, lambda x: x)
+        try:
+            yield
+        finally:
+            del self.tower.__dict__["forward"]
+            if before is not None:
+                self.tower.__dict__["forward"] = before
+
+
+@dataclass(frozen=True)
+class NoRecording:
+    """Stands in where nothing could be recorded: every pass runs the tower."""
+
+    def method(self, method: Any) -> Any:
+        """The method itself."""
+        return method
+
+    def replayed(self) -> Any:
+        """An empty context."""
+        return nullcontext()
+
+
+def record(
+    model: nn.Module,
+    tower: nn.Module,
+    handle: Any,
+    batch: Mapping[str, Tensor],
+    images: Tensor,
+    needs: Needs,
+) -> Recording | NoRecording:
+    """Run the tower once on each different image of a batch with one image per row.
+
+    Args:
+        model: a patched model.
+        tower: its vision tower.
+        handle: its handle; the method it is set to is lost.
+        batch: the model's inputs, tensors with the rows first.
+        images: [rows] which image each row shows; equal numbers, equal images.
+        needs: the evidence to keep.
+
+    Returns:
+        The recording, or `NoRecording` for towers whose output is not one row per image.
+    """
+    first = torch.stack([(images == i).nonzero()[0, 0] for i in range(int(images.max()) + 1)])
+    unique = {name: value[first.to(value.device)] for name, value in batch.items()}
+    outputs: list[Any] = []
+    hook = tower.register_forward_hook(lambda module, args, output: outputs.append(output))
+    recorder = Recorder(needs)
+    handle.set(method=recorder, keep=1)
+    try:
+        with torch.no_grad():
+            model(**unique, logits_to_keep=1)
+    finally:
+        hook.remove()
+    rows = images.to(batch["input_ids"].device)
+    whole = len(outputs) == len(recorder.seen) == 1 and _one_row_per_image(outputs[0], len(first))
+    if not whole:
+        return NoRecording()
+    expanded = _map(outputs[0], lambda x: x[rows.to(x.device)])
+    return Recording(tower, expanded, recorder.seen[0].evidence, rows)
+
+
+def depth(tower: nn.Module) -> int:
+    """Layers of a transformers vision tower."""
+    config: Any = tower.config
+    return getattr(config, "num_hidden_layers", None) or config.depth
+
+
+def _one_row_per_image(output: Any, images: int) -> bool:
+    rows: list[int] = []
+    _map(output, lambda x: rows.append(x.shape[0]) or x)
+    return set(rows) == {images}
+
+
+def _map(value: Any, fn: Any) -> Any:
+    """A copy of a model output with every tensor mapped; lists and tuples of tensors included."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, list | tuple) and not hasattr(value, "keys"):
+        return type(value)(_map(v, fn) for v in value)
+    if hasattr(value, "items"):
+        return type(value)(**{k: _map(v, fn) for k, v in value.items()})
+    return value

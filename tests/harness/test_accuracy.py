@@ -1,0 +1,128 @@
+"""`evaluate` on an untrained model: the schema, the controls and the reuse of the tower."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from eval_harness import evaluate
+from eval_harness.accuracy import is_right
+from eval_harness.controls import oracle
+from vlmcompress.core.errors import ConfigError, UnknownMethodError
+from vlmcompress.core.tokens import VisualTokens
+from vlmcompress.reference import samples
+from vlmcompress.reference.tokenizer import build_processor
+
+METHODS = ["vtc_cls", "fastervlm", "random", "uniform", "oracle", "anti_oracle"]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    small = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, image_size=224, patch_size=16, **small
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **small,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=196,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = LlavaForConditionalGeneration(config)
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return list(samples("test", 16))
+
+
+def _evaluate(model, processor, asked, **options):
+    options = {"methods": METHODS, "keeps": [1.0, 0.1], "batch_size": 10, "seed": 1, **options}
+    return evaluate(model, processor, asked, **options)
+
+
+@pytest.fixture(scope="module")
+def results(model, processor, asked):
+    return _evaluate(model, processor, asked)
+
+
+def test_schema(results, asked):
+    assert json.loads(json.dumps(results)) == results
+    assert results["n"] == 16
+    assert results["images"] == len({s.scene_id for s in asked})
+    assert set(results["accuracy"]) == {"1.0", "0.1"}
+    for rows in results["accuracy"].values():
+        assert set(rows) == set(METHODS)
+        assert all(0 <= r["low"] <= r["mean"] <= r["high"] <= 1 for r in rows.values())
+    assert set(results["by_kind"]) == {s.kind for s in asked}
+    assert 0 <= results["blind"] <= 1
+    assert results["seed"] == 1
+    assert isinstance(results["commit"], str)
+
+
+def test_full_budget_is_the_full_model(results):
+    for name in METHODS:
+        assert results["accuracy"]["1.0"][name] == results["full"]
+        assert results["difference"]["1.0"][name]["mean"] == 0
+    assert results["full"]["mean"] == pytest.approx(np.mean(list(results["by_kind"].values())))
+
+
+def test_reused_tower_changes_no_answer(results, model, processor, asked):
+    again = _evaluate(model, processor, asked, reuse_tower=False)
+    assert again["by_kind_at"] == results["by_kind_at"]
+    assert again["accuracy"] == results["accuracy"]
+
+
+def test_perfect_answers_count(model, processor, asked):
+    first = evaluate(model, processor, asked[:4], methods=["uniform"], keeps=[0.5])
+    assert first["n"] == 4
+
+
+def test_model_is_left_unpatched(model, results):
+    assert "forward" not in model.model.vision_tower.__dict__
+    assert "generate" not in model.__dict__
+
+
+def test_answers_compare_loosely():
+    assert is_right(" Red \n", "red")
+    assert not is_right("red square", "red")
+
+
+def test_oracles_take_what_is_covered(asked):
+    tokens = VisualTokens.from_features(torch.zeros(len(asked), 196, 1))
+    best, worst = (oracle(n, asked).compress(tokens, 0.1) for n in ("oracle", "anti_oracle"))
+    for i, sample in enumerate(asked):
+        chosen = sample.object_coverage[best.index[i].numpy()]
+        left_out = np.delete(sample.object_coverage, best.index[i].numpy())
+        assert chosen.min() >= left_out.max() - 2e-3
+        assert sample.object_coverage[worst.index[i].numpy()].max() < 2e-3
+
+
+def test_unknown_and_repeated_methods(model, processor, asked):
+    with pytest.raises(UnknownMethodError):
+        _evaluate(model, processor, asked, methods=["no_such_method"])
+    with pytest.raises(ConfigError, match="twice"):
+        _evaluate(model, processor, asked, methods=["random", "random"])
+    with pytest.raises(ConfigError, match="at least one sample"):
+        _evaluate(model, processor, [])

@@ -1,0 +1,112 @@
+"""What `bench` measures and reports; times themselves are not asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from eval_harness import bench, latency, shapes
+from eval_harness.clock import Clock
+from eval_harness.stages import parts, timed_call
+from vlmcompress.core.errors import ConfigError, UnsupportedModelError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return shapes.build("tiny")
+
+
+@pytest.fixture(scope="module")
+def results(model):
+    configs = [("vtc_cls", 0.1), ("uniform", 9)]
+    return bench(model, shapes.example_inputs(model), configs, repeats=2, warmup=1, new_tokens=3)
+
+
+def test_rounds_alternate():
+    order = []
+    sides = {name: lambda name=name: order.append(name) or {"t": 1.0} for name in "ab"}
+    samples = latency.interleave(sides, repeats=4, warmup=2)
+    assert "".join(order) == "abba" * 3
+    assert [len(rows) for rows in samples.values()] == [4, 4]
+
+
+def test_summary():
+    found = latency.summary([float(i) for i in range(11)])
+    assert found == {"median": 5.0, "p90": 9.0, "min": 0.0}
+    assert latency.summary([2.0]) == {"median": 2.0, "p90": 2.0, "min": 2.0}
+
+
+def test_stages_add_up_and_hooks_are_gone(model):
+    inputs = shapes.example_inputs(model)
+    stages, trace, output = timed_call(
+        lambda: model(**inputs, use_cache=True, logits_to_keep=1), parts(model), Clock("cpu"), True
+    )
+    pieces = [stages[name] for name in ("tower", "selection", "connector", "prefill")]
+    assert sum(pieces) == pytest.approx(stages["ttft"])
+    assert min(pieces) > 0
+    assert trace.connector_tokens == 36
+    assert trace.embeddings.shape == (1, 100, 64)
+    assert output.logits.shape[1] == 1
+    found = parts(model).named()
+    assert set(found) == {"tower", "connector", "language_model", "head"}
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in found.values())
+
+
+def test_kv_bytes_of_a_real_cache(model):
+    inputs = shapes.example_inputs(model)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    layers, heads, head_dim, float32 = 3, 2, 16, 4
+    assert latency.kv_bytes(cache) == 2 * layers * heads * head_dim * 100 * float32
+
+
+def test_models_without_a_tower():
+    with pytest.raises(UnsupportedModelError, match="no tower"):
+        parts(torch.nn.Linear(1, 1))
+
+
+def test_no_configurations(model):
+    with pytest.raises(ConfigError, match="configurations"):
+        bench(model, {}, [])
+
+
+def test_results_are_json(results):
+    assert json.loads(json.dumps(results)) == results
+    assert results["floor_ratio"] == results["configs"][0]["floor_ratio"] > 0
+    assert results["protocol"] == {"repeats": 2, "warmup": 1, "new_tokens": 3}
+
+
+def test_machine_is_described(results):
+    found = results["machine"]
+    assert found["shape"] == "tiny"
+    assert found["dtype"] == "float32"
+    assert found["attention"] == {"tower": "sdpa", "language_model": "sdpa"}
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_each_configuration(results):
+    for row, kept in zip(results["configs"], (4, 9), strict=True):
+        base = row["baseline"]
+        assert (base["tokens"], row["tokens"]) == (36, kept)
+        assert (base["prompt_tokens"], row["prompt_tokens"]) == (100, 64 + kept)
+        assert row["kv_bytes"] * 100 == base["kv_bytes"] * (64 + kept)
+        assert row["flops"]["prefill"] < base["flops"]["prefill"]
+        assert set(row["ttft"]) == {"median", "p90", "min"}
+        assert set(row["stages"]) == {"tower", "selection", "connector", "prefill"}
+        assert row["speedup"] > 0
+        assert row["tpot"] > 0
+        assert row["peak_memory_bytes"] is None
+
+
+def test_evidence_only_where_a_method_looks(results):
+    looks, does_not = results["configs"]
+    assert looks["evidence"]["tower_on"] > 0
+    assert does_not["evidence"] is None
+
+
+def test_model_is_left_unpatched(model, results):
+    assert "forward" not in model.__dict__
+    assert "generate" not in model.__dict__
