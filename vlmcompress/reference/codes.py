@@ -75,7 +75,8 @@ class Codes(nn.Module):
 
         Args:
             embedding: word embedding ``[vocabulary, width]``.
-            where: ``[..., 2]`` places. centre: ``[...]`` weight of the centre direction.
+            where: ``[..., 2]`` places.
+            centre: ``[...]`` weight of the centre direction.
             mixes: ``[..., classes]`` weights of the words of colour, shape and glyph.
             ground: ``[...]`` weight of the ground's word.
         """

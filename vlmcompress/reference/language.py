@@ -57,7 +57,8 @@ def run_llm(
 
     Args:
         model: the reference model.
-        tokens: image tokens ``[b, k, width]``. kept: ``[b, k]`` their patch indices.
+        tokens: image tokens ``[b, k, width]``.
+        kept: ``[b, k]`` their patch indices.
         packed: the questions.
         contiguous: see `position_ids`.
 

@@ -31,7 +31,11 @@ PHRASES = {
         "Count the {v} shapes.",
         "What number of {v} shapes?",
     ),
-    "colour": ("What colour is the {v}?", "Name the colour of the {v}.", "The {v} is which colour?"),
+    "colour": (
+        "What colour is the {v}?",
+        "Name the colour of the {v}.",
+        "The {v} is which colour?",
+    ),
     "shape": (
         "What shape is the {v} object?",
         "Name the shape of the {v} object.",

@@ -185,7 +185,7 @@ def _stamps(rng: np.random.Generator, shapes: list[str]) -> tuple[Stamp, ...]:
         boxes = _boxes(rng, len(shapes))
         if boxes is None:
             continue
-        stamps = tuple(_stamp(rng, box, shape) for box, shape in zip(boxes, shapes))
+        stamps = tuple(_stamp(rng, box, shape) for box, shape in zip(boxes, shapes, strict=True))
         taken = (np.sum([s.shares for s in stamps], axis=0) >= OBJECT_SHARE).mean()
         if COVERED[0] <= taken <= COVERED[1]:
             return stamps
@@ -226,7 +226,7 @@ def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
 def _compose(rng: np.random.Generator, stamps: tuple[Stamp, ...], colours: list[str]) -> np.ndarray:
     """Paint the objects on a ground and add sensor noise."""
     canvas = ground(rng)
-    for stamp, colour in zip(stamps, colours):
+    for stamp, colour in zip(stamps, colours, strict=True):
         left, top, size = stamp.box
         view = canvas[top : top + size, left : left + size]
         alpha = stamp.alpha[..., None]
@@ -252,7 +252,7 @@ def scene(split: Split | str, index: int) -> Scene:
     spare = _salient_only(rng, len(pairs))
     stamps = _stamps(rng, [shape for _, shape in pairs])
     items = []
-    for i, (pair, stamp) in enumerate(zip(pairs, stamps)):
+    for i, (pair, stamp) in enumerate(zip(pairs, stamps, strict=True)):
         left, top, size = stamp.box
         x, y = left + size / 2, top + size / 2
         items.append(Item(*pair, stamp.glyph, size, x, y, i not in spare, stamp.shares))

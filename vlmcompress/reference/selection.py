@@ -33,7 +33,8 @@ def score_patches(how: str, attention: Tensor, share: Tensor, draw: torch.Genera
 
     Args:
         how: ``"cls"``, ``"random"`` or ``"coverage"``.
-        attention: ``[b, m]`` [CLS] attention. share: ``[b, m]`` covered share.
+        attention: ``[b, m]`` [CLS] attention.
+        share: ``[b, m]`` covered share.
         draw: source of randomness (CPU).
 
     Raises:

@@ -49,7 +49,10 @@ def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
     else:
         radii = [0.5 if i % 2 == 0 else 0.22 for i in range(10)]
         turns = [math.pi * (i / 5 - 0.5) for i in range(10)]
-        corners = [(0.5 + r * math.cos(t), 0.5 + r * math.sin(t)) for r, t in zip(radii, turns)]
+        corners = [
+            (0.5 + r * math.cos(t), 0.5 + r * math.sin(t))
+            for r, t in zip(radii, turns, strict=True)
+        ]
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return [
         (0.5 + c * (x - 0.5) - s * (y - 0.5), 0.5 + s * (x - 0.5) + c * (y - 0.5))

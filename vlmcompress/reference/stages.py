@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ class Trainee(nn.Module):
             self.text_head.text.set_attn_implementation("eager")
             self.present = nn.ModuleDict(
                 {
-                    str(i): nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, CLS_LABELS))
+                    str(i): nn.Sequential(
+                        nn.LayerNorm(shape.width), nn.Linear(shape.width, CLS_LABELS)
+                    )
                     for i in CLS_LAYERS
                 }
             )
@@ -83,7 +86,7 @@ class Stage:
     """
 
     name = "stage"
-    rates: dict[str, float] = {}
+    rates: ClassVar[dict[str, float]] = {}
     last_rate = 0.1
     offset = 0
 
@@ -143,7 +146,9 @@ class Stage:
         total = sum(words.values()) + 0.5 * losses.place_loss(tokens, trainee.place, here)
         for layer in CLS_LAYERS:
             head = trainee.present[str(layer)]
-            present, recall = losses.present_loss(states.hidden[layer][:, 0], head, labels["present"])
+            present, recall = losses.present_loss(
+                states.hidden[layer][:, 0], head, labels["present"]
+            )
             weight = 0.3 if layer == -1 else 1.0
             total = total + 0.3 * weight * present
             attention = states.attention[layer]
@@ -175,7 +180,7 @@ class TowerStage(Stage):
     """The tower alone: words for patches, labels and attention for [CLS], captions."""
 
     name = "tower"
-    rates = {
+    rates: ClassVar = {
         "model.model.vision_tower": 1.5e-3,
         "model.model.multi_modal_projector": 1.5e-3,
         "text_head": 1.5e-3,
@@ -206,7 +211,7 @@ class LanguageStage(Stage):
     """The language model alone, on simulated image tokens, with tokens dropped at random."""
 
     name = "language"
-    rates = {
+    rates: ClassVar = {
         "model.model.language_model.embed_tokens": 0.0,
         "model.model.language_model": 1.5e-3,
     }
@@ -228,9 +233,7 @@ class LanguageStage(Stage):
         return losses.answer_loss(logits, target, packed), metrics
 
     @staticmethod
-    def _keep(
-        batch: Batch, shared: torch.Generator, own: torch.Generator
-    ) -> tuple[Tensor, bool]:
+    def _keep(batch: Batch, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, bool]:
         chance = float(torch.rand(1, generator=shared))
         contiguous = bool(torch.rand(1, generator=shared) < 0.5)
         if chance < 0.5:
@@ -246,7 +249,7 @@ class JointStage(Stage):
     """Both together on real images, compressed in changing ways."""
 
     name = "joint"
-    rates = {
+    rates: ClassVar = {
         "model.model.vision_tower": 4e-4,
         "model.model.multi_modal_projector": 5e-4,
         "model.model.language_model.embed_tokens": 3e-4,
@@ -263,7 +266,10 @@ class JointStage(Stage):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """One step: a cheap one on 64 patches or one on all 196, then maybe compressed."""
         trainee = self.trainee
-        tower, projector = trainee.model.model.vision_tower, trainee.model.model.multi_modal_projector
+        tower, projector = (
+            trainee.model.model.vision_tower,
+            trainee.model.model.multi_modal_projector,
+        )
         shared, own = self.draws(step)
         full = bool(torch.rand(1, generator=shared) < self.full_share)
         batch = self.take(step, max(2, self.batch * 3 // 4) if full else self.batch, self.per_scene)

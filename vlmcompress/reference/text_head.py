@@ -50,7 +50,7 @@ class TextHead(nn.Module):
         return F.normalize(self.text(torch.tensor(padded, device=device)).text_embeds, dim=-1)
 
     def embed_patches(self, hidden: Tensor, post_layernorm: nn.Module) -> Tensor:
-        """Unit embeddings ``[..., d]`` of tower states, patches of layer -2 or [CLS] of layer -1."""
+        """Unit embeddings ``[..., d]`` of tower states: patches of layer -2, [CLS] of layer -1."""
         return F.normalize(self.visual_projection(post_layernorm(hidden)), dim=-1)
 
     def save(self, folder: Path) -> None:
@@ -137,9 +137,12 @@ def contrastive_loss(
     """open_clip's contrastive loss, between texts and pooled patches and captions and images.
 
     Args:
-        head: the text head. tokenizer: of the model.
-        patches: ``[b, m, d]`` unit patch embeddings. cls: ``[b, d]`` unit image embeddings.
-        scenes: of the batch. kept: ``[b, m]`` patch indices.
+        head: the text head.
+        tokenizer: of the model.
+        patches: ``[b, m, d]`` unit patch embeddings.
+        cls: ``[b, d]`` unit image embeddings.
+        scenes: of the batch.
+        kept: ``[b, m]`` patch indices.
         rng: source of randomness.
     """
     from open_clip import ClipLoss

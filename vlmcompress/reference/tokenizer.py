@@ -68,7 +68,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
-        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "user_token": USER,
+            "assistant_token": ASSISTANT,
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ class Job:
     batch: int = 8
     seed: int = 0
     device: str = "cpu"
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     pulse: float = 120.0
     validate_every: float = 240.0
 
@@ -134,7 +134,9 @@ class Worker:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         flat = torch.cat([g.flatten() for g in grads]).bfloat16()
         dist.all_reduce(flat)
-        parts: list[Tensor] = list(flat.float().div_(self.job.world).split([g.numel() for g in grads]))
+        parts: list[Tensor] = list(
+            flat.float().div_(self.job.world).split([g.numel() for g in grads])
+        )
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 

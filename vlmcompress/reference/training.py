@@ -27,7 +27,9 @@ _ENVIRONMENT = {
 }
 
 
-def _jobs(common: dict, minutes: float | None, steps: int | None, processes: int) -> list[list[Job]]:
+def _jobs(
+    common: dict, minutes: float | None, steps: int | None, processes: int
+) -> list[list[Job]]:
     """Groups of jobs that run at the same time, one group after the other."""
 
     def budget(share: float) -> dict:
@@ -76,7 +78,9 @@ def _run_group(jobs: list[Job]) -> None:
                 worker.join()
     failed = [w.exitcode for w in workers if w.exitcode]
     if failed:
-        raise RuntimeError(f"training process ended with exit code {failed[0]}; run again to resume")
+        raise RuntimeError(
+            f"training process ended with exit code {failed[0]}; run again to resume"
+        )
 
 
 def train(
@@ -113,7 +117,7 @@ def train(
     Returns:
         The folder with the exported weights.
     """
-    from .export import export
+    from .exporting import export
 
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

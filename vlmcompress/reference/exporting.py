@@ -23,7 +23,8 @@ def export(
     Args:
         run: folder of a training run; its joint checkpoint is read.
         weights: folder to write.
-        shape: sizes the run was trained with. seed: of the run.
+        shape: sizes the run was trained with.
+        seed: of the run.
 
     Returns:
         ``weights``.
