@@ -75,17 +75,27 @@ def decoder(config: PreTrainedConfig, tokens: int, logits: int = 1) -> int:
     return config.num_hidden_layers * (projections + attention + mlp) + head
 
 
-def prefill(config: Any, *, images: int, connector_tokens: int, prompt_tokens: int) -> Flops:
+def prefill(
+    config: Any,
+    *,
+    images: int,
+    connector_tokens: int,
+    prompt_tokens: int,
+    tower_layers: int | None = None,
+) -> Flops:
     """Operations of one prefill of a LLaVA, the logits of the last position included.
+
+    What a method computes on top (attention rows, scores, sorting) is not counted.
 
     Args:
         config: the model's configuration.
-        images: images that the tower sees, in all its layers.
+        images: images that the tower sees.
         connector_tokens: rows that the connector sees, over all images.
         prompt_tokens: rows that the language model sees.
+        tower_layers: layers that the tower runs; all when not given.
     """
     return Flops(
-        tower(config.vision_config, images),
+        tower(config.vision_config, images, tower_layers),
         connector(config, connector_tokens),
         decoder(config.text_config, prompt_tokens),
     )

@@ -1,11 +1,12 @@
 """Latency of a patched model against the same model unpatched, interleaved in one process.
 
 Definitions: TTFT is one `model(**inputs, use_cache=True, logits_to_keep=1)`, from the pixel tensor
-on the device to the first token's logits. TPOT is the time of the later tokens of one greedy
-`generate`, divided by their number. The floor is the tower alone (`get_image_features`, all layers)
-plus the prefill of the shortened sequence alone; the floor ratio says how far a method's TTFT is
-from it (skipping tower layers that nobody reads can give less than 1). Ratios are medians of ratios
-taken within one round.
+on the device to the first token's logits. TPOT is the time between the first and the last token's
+logits of one greedy `generate`, per token after the first. The floor is the tower alone
+(`get_image_features`, all layers) plus the prefill of the shortened sequence alone; the floor ratio
+says how far a method's TTFT is from it (skipping tower layers that nobody reads can give less than
+1). Ratios are medians of ratios taken within one round. "Unpatched" is `handle.disabled()`: the
+model's own path, with idle hooks on it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from eval_harness import flops, machine
-from eval_harness.clock import Clock, Mark
-from eval_harness.stages import Parts, Trace, parts, timed_call
+from eval_harness.clock import Clock
+from eval_harness.stages import Parts, Trace, parts, timed_call, traced
 from vlmcompress.core.errors import ConfigError
 
 DEFAULT = ("vtc_cls", 0.1)
@@ -133,7 +133,7 @@ class _Bench:
             "prompt_tokens": trace.embeddings.shape[1],
             "kv_bytes": kv_bytes(output.past_key_values),
             "peak_memory_bytes": peak,
-            "flops": self._flops(trace),
+            "flops": self._flops(trace, self.handle.last.skipped_layers if patched else 0),
         }
         return _Probe(facts, trace.embeddings)
 
@@ -144,7 +144,7 @@ class _Bench:
     def _image_tokens(self) -> int:
         return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
 
-    def _flops(self, trace: Trace) -> dict[str, int] | None:
+    def _flops(self, trace: Trace, skipped: int) -> dict[str, int] | None:
         config = self.model.config
         if config.model_type != "llava" or "clip" not in config.vision_config.model_type:
             return None
@@ -153,6 +153,7 @@ class _Bench:
             images=self.inputs["pixel_values"].shape[0],
             connector_tokens=trace.connector_tokens,
             prompt_tokens=trace.embeddings.shape[1],
+            tower_layers=config.vision_config.num_hidden_layers - skipped,
         ).to_dict()
 
     def _sides(self, short: Tensor) -> dict[str, Side]:
@@ -208,37 +209,23 @@ class _Bench:
         return {name: median(s["tpot"] for s in rows) for name, rows in samples.items()}
 
     def _decode(self, new_tokens: int, context: Any) -> Sample:
-        steps = _StepMarks(self.clock)
-        with context, torch.no_grad():
+        with context, torch.no_grad(), traced(self.parts, self.clock) as trace:
             self.clock.synchronize()
             self.model.generate(
                 **self.inputs,
                 do_sample=False,
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
-                logits_processor=LogitsProcessorList([steps]),
             )
         self.clock.synchronize()
-        first, last = steps.marks[0], steps.marks[-1]
-        return {"tpot": self.clock.seconds(first, last) / (len(steps.marks) - 1)}
+        ends = [end for _, end in trace.marks["head"]]
+        return {"tpot": self.clock.seconds(ends[0], ends[-1]) / (len(ends) - 1)}
 
 
 @dataclass(frozen=True)
 class _Probe:
     facts: dict[str, Any]
     embeddings: Tensor
-
-
-class _StepMarks(LogitsProcessor):
-    """Changes nothing and notes when each token's logits were there."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.marks: list[Mark] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.marks.append(self.clock.mark())
-        return scores
 
 
 def interleave(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, list[Sample]]:
