@@ -1,0 +1,202 @@
+"""The data that flows from the vision tower to the language model.
+
+Pure tensors: nothing here knows a model or transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SegmentKind = Literal["image", "base", "tile", "frame"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A rectangle of tokens inside one unit.
+
+    Attributes:
+        kind: what the rectangle shows.
+        grid: (t, h, w) in tokens.
+        slice: its rows in the unit's uncompressed sequence, in raster order.
+    """
+
+    kind: SegmentKind
+    grid: tuple[int, int, int]
+    slice: slice
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the rectangle."""
+        t, h, w = self.grid
+        return t * h * w
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What methods look at, token by token; only what was asked for is filled.
+
+    Attributes:
+        cls_attention: {layer: [b, heads, n]} softmax rows of the [CLS] query, its own column
+            removed and the rest not renormalised.
+        received_attention: {layer: [b, heads, n]} attention each token receives, averaged over all
+            queries.
+        keys: {layer: [b, n, heads, head_dim]} keys without [CLS].
+        text: [b, m, e] text embeddings.
+
+    Layers are absolute indices (0 = first tower layer). Where several patches form one token,
+    attention is summed over them, keys are averaged.
+    """
+
+    cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    received_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    text: Tensor | None = None
+
+    def take_units(self, units: Tensor) -> Evidence:
+        """Evidence of some units only; `units` indexes the first dimension of every tensor."""
+        return self._map(lambda value: value[units])
+
+    def select(self, index: Tensor) -> Evidence:
+        """Evidence of the tokens at `index` ([b, k], rows of the current sequence)."""
+
+        def columns(attention: Tensor) -> Tensor:
+            return _gather(attention.transpose(1, 2), index).transpose(1, 2)
+
+        return Evidence(
+            {i: columns(a) for i, a in self.cls_attention.items()},
+            {i: columns(a) for i, a in self.received_attention.items()},
+            {i: _gather(k, index) for i, k in self.keys.items()},
+            self.text,
+        )
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
+        return Evidence(
+            {i: fn(a) for i, a in self.cls_attention.items()},
+            {i: fn(a) for i, a in self.received_attention.items()},
+            {i: fn(k) for i, k in self.keys.items()},
+            None if self.text is None else fn(self.text),
+        )
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """A batch of units (images or videos) of equal length n.
+
+    Attributes:
+        features: [b, n, d].
+        index: [b, n] row in the uncompressed unit (of the representative, for merged tokens).
+        mass: [b, n] how many uncompressed tokens each row stands for; pruning leaves 1.
+        segments: the rectangles of the *uncompressed* unit.
+        structural: [n_full] bool, rows that are newlines or markers.
+        owner: [b] index of the image in the call, on the CPU.
+        assignment: [b, n_full] row each uncompressed token went to, -1 where dropped; None while
+            untouched.
+        evidence: what methods asked for.
+    """
+
+    features: Tensor
+    index: Tensor
+    mass: Tensor
+    segments: tuple[Segment, ...]
+    structural: Tensor
+    owner: Tensor
+    assignment: Tensor | None = None
+    evidence: Evidence = field(default_factory=Evidence)
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        segments: tuple[Segment, ...] | None = None,
+        owner: Tensor | None = None,
+        structural: Tensor | None = None,
+        evidence: Evidence | None = None,
+    ) -> VisualTokens:
+        """Uncompressed tokens.
+
+        Args:
+            features: [b, n, d].
+            segments: rectangles; one row of n tokens when not given.
+            owner: [b]; 0..b-1 when not given.
+            structural: [n] bool; all False when not given.
+            evidence: what was captured for these units.
+        """
+        b, n, _ = features.shape
+        device = features.device
+        if structural is None:
+            structural = torch.zeros(n, dtype=torch.bool, device=device)
+        return cls(
+            features=features,
+            index=torch.arange(n, device=device).expand(b, n),
+            mass=torch.ones(b, n, device=device, dtype=torch.float32),
+            segments=segments or (Segment("image", (1, 1, n), slice(0, n)),),
+            structural=structural,
+            owner=torch.arange(b) if owner is None else owner,
+            evidence=evidence or Evidence(),
+        )
+
+    @property
+    def n(self) -> int:
+        """Tokens per unit now."""
+        return self.features.shape[1]
+
+    @property
+    def n_full(self) -> int:
+        """Tokens per unit before any compression."""
+        return self.structural.shape[0]
+
+    @property
+    def current_segments(self) -> tuple[Segment, ...]:
+        """The unit's rectangles; one row once an earlier method has thinned them out."""
+        if self.n == self.n_full:
+            return self.segments
+        return (Segment("image", (1, 1, self.n), slice(0, self.n)),)
+
+    def take_units(self, units: Tensor) -> VisualTokens:
+        """Some units only; `units` ([m] int64, on the CPU) indexes the batch dimension."""
+        return dataclasses.replace(
+            self,
+            features=self.features[units],
+            index=self.index[units],
+            mass=self.mass[units],
+            owner=self.owner[units],
+            assignment=None if self.assignment is None else self.assignment[units],
+            evidence=self.evidence.take_units(units),
+        )
+
+    def select(self, index: Tensor) -> VisualTokens:
+        """Keep the rows at `index` and drop the others.
+
+        Args:
+            index: [b, k] int64 rows of the current sequence, unique within a unit.
+        """
+        rows = self.index.gather(1, index)
+        number = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        b = len(index)
+        if self.assignment is None:
+            assignment = index.new_full((b, self.n_full), -1).scatter_(1, rows, number)
+        else:
+            renumber = index.new_full((b, self.n + 1), -1).scatter_(1, index, number)
+            old = torch.where(self.assignment < 0, self.n, self.assignment)
+            assignment = renumber.gather(1, old)
+        return dataclasses.replace(
+            self,
+            features=_gather(self.features, index),
+            index=rows,
+            mass=self.mass.gather(1, index),
+            assignment=assignment,
+            evidence=self.evidence.select(index),
+        )
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` ([b, k]) of `values` ([b, n, ...])."""
+    shape = (*index.shape, *([1] * (values.ndim - 2)))
+    return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))

@@ -1,0 +1,101 @@
+"""What the library knows about a model family: facts, never a copy of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.families.towers import TOWERS, Tower
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one model family; subclasses override what differs.
+
+    Attributes:
+        model_type: `config.model_type` of the outer model.
+        tower_path: path from the base model to the vision tower.
+        connector_path: path to the connector when it maps tokens one by one, so that selecting rows before
+            it equals selecting after it and the rest of the family's code does not count rows; else None.
+        merge: side of the square of patches that forms one token.
+        merge_order: whether patches of one token follow each other (`consecutive`) or lie in a raster.
+        rope: 1-D positions or M-RoPE.
+        position_offset: what a plain forward adds to 0-based default positions.
+        tested: whether the family is part of the test matrix.
+    """
+
+    model_type: str
+    tower_path: str = "vision_tower"
+    connector_path: str | None = None
+    merge: int = 1
+    merge_order: Literal["raster", "consecutive"] = "raster"
+    rope: Literal["1d", "mrope"] = "1d"
+    position_offset: int = 0
+
+    def tower_module(self, base: nn.Module) -> nn.Module:
+        """The vision tower."""
+        return base.get_submodule(self.tower_path)
+
+    def tower(self, base: nn.Module) -> Tower | None:
+        """How to read the tower's attention; None where that is not known."""
+        config = getattr(self.tower_module(base), "config", None)
+        return TOWERS.get(getattr(config, "model_type", ""))
+
+    def connector(self, base: nn.Module) -> nn.Module | None:
+        """The connector, when rows may be selected before it."""
+        return None if self.connector_path is None else base.get_submodule(self.connector_path)
+
+    def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
+        """Last tower layer whose output the connector reads (the last one unless a family says else)."""
+        return depth - 1
+
+    def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
+        """(h, w) in tokens of each image; square images unless a family says else.
+
+        Args:
+            base: the model that holds tower and LLM.
+            call: keyword arguments of `get_image_features`.
+            lengths: tokens of each image.
+        """
+        return [_square(length) for length in lengths]
+
+    def group(self, rows: Tensor, grid: Grid, reduce: Literal["sum", "mean"]) -> Tensor:
+        """Patch values to token values.
+
+        Args:
+            rows: [..., patches], in the tower's row order.
+            grid: the image's (h, w) in tokens.
+            reduce: how values of one token's patches are joined.
+
+        Returns:
+            [..., h * w].
+        """
+        if self.merge == 1:
+            return rows
+        m, (h, w) = self.merge, grid
+        if self.merge_order == "consecutive":
+            groups = rows.unflatten(-1, (h * w, m * m))
+        else:
+            groups = rows.unflatten(-1, (h, m, w, m)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        return groups.sum(-1) if reduce == "sum" else groups.mean(-1)
+
+
+@dataclass(frozen=True)
+class GridFamily(Family):
+    """Families whose processor gives `image_grid_thw`, patches per image in (t, h, w)."""
+
+    def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
+        """Token grids from `image_grid_thw`."""
+        grid = torch.as_tensor(call["image_grid_thw"]).tolist()
+        return [(h // self.merge, w // self.merge) for _, h, w in grid]
+
+
+def _square(length: int) -> Grid:
+    side = round(length**0.5)
+    return (side, side) if side * side == length else (1, length)

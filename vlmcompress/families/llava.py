@@ -1,0 +1,43 @@
+"""LLaVA 1.5: CLIP (or SigLIP, or Pixtral) tower, MLP connector, Llama-like LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmcompress.families.base import Family, Grid
+from vlmcompress.families.towers import last_hidden_state_read
+
+
+@dataclass(frozen=True)
+class Llava(Family):
+    """Reads the hidden states named by `vision_feature_layer`; the connector is an MLP on each patch."""
+
+    connector_path: str | None = "multi_modal_projector"
+
+    def connector(self, base: nn.Module) -> nn.Module | None:
+        """None for Pixtral towers, whose ragged images are split by their sizes after the connector."""
+        if self.connector_path is None or base.config.vision_config.model_type == "pixtral":  # type: ignore[union-attr]
+            return None
+        return base.get_submodule(self.connector_path)
+
+    def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
+        """From `vision_feature_layer`, of the call or the config."""
+        layer = call.get("vision_feature_layer")
+        layer = base.config.vision_feature_layer if layer is None else layer  # type: ignore[union-attr]
+        return last_hidden_state_read(layer, depth)
+
+    def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
+        """Square, or from `image_sizes` for Pixtral towers."""
+        sizes = call.get("image_sizes")
+        if sizes is None:
+            return super().grids(base, call, lengths)
+        patch = base.config.vision_config.patch_size  # type: ignore[union-attr]
+        return [(h // patch, w // patch) for h, w in torch.as_tensor(sizes).tolist()]
+
+
+FAMILY = Llava("llava")

@@ -1,0 +1,5 @@
+"""PaliGemma: SigLIP tower, linear connector, Gemma with bidirectional prefix and 1-based positions."""
+
+from vlmcompress.families.base import Family
+
+FAMILY = Family("paligemma", connector_path="multi_modal_projector", position_offset=1)

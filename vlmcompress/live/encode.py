@@ -1,0 +1,254 @@
+"""Pixels to compressed visual tokens: one tower pass with its evidence, selection and connector."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
+from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+from vlmcompress.families import Family
+from vlmcompress.families.base import Grid
+from vlmcompress.live.pipeline import Group, Pipeline, Resolved, Stage, run_stages
+from vlmcompress.live.session import Session, running
+from vlmcompress.live.timing import Stopwatch
+from vlmcompress.live.tower import may_skip
+
+#: The arguments that carry an image's pixels, in every supported family.
+PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_images")
+VIDEO_ARGUMENTS = ("pixel_values_videos",)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Compressed images of one call.
+
+    Attributes:
+        output: what `get_image_features` returned, `pooler_output` shortened.
+        lengths: uncompressed tokens per image.
+        kept: per image the kept rows, ascending int64.
+        grids: (h, w) in tokens per image.
+        assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if untouched.
+        evidence_layers: tower layers that were read.
+        skipped_layers: tower layers that were not run.
+    """
+
+    output: Any
+    lengths: tuple[int, ...]
+    kept: tuple[Tensor, ...]
+    grids: tuple[Grid, ...]
+    assignments: tuple[Tensor | None, ...]
+    evidence_layers: tuple[int, ...]
+    skipped_layers: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any token was dropped."""
+        return any(len(rows) < n for rows, n in zip(self.kept, self.lengths, strict=True))
+
+
+class CompressedEncoding(dict):  # type: ignore[type-arg]
+    """`mm_encoder_outputs` made by `Handle.encode`: compressed already, to be used with full prompts."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__(image=encoded.output)
+        self.encoded = encoded
+
+
+def has_pixels(call: Mapping[str, Any]) -> bool:
+    """Whether a call carries images."""
+    return any(call.get(name) is not None for name in PIXEL_ARGUMENTS)
+
+
+def encoder_arguments(base: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a call that `get_image_features` reads, chosen by its signature as `generate` does."""
+    names = inspect.signature(base.get_image_features).parameters  # type: ignore[arg-type]
+    return {name: call[name] for name in names if name != "kwargs" and call.get(name) is not None}
+
+
+def fresh_output(output: Any) -> Any:
+    """A shallow copy whose `pooler_output` may be replaced: `generate` expands it in place for beams."""
+    return type(output)(**dict(output.items()))
+
+
+class Encoder:
+    """Runs a model's tower under a pipeline."""
+
+    def __init__(self, family: Family, base: nn.Module, pipeline: Pipeline, watch: Stopwatch) -> None:
+        self._family, self._base, self._pipeline, self._watch = family, base, pipeline, watch
+        self._tower = family.tower(base)
+        self._layers = None if self._tower is None else self._tower.layers(family.tower_module(base))
+
+    @property
+    def depth(self) -> int | None:
+        """Layers of the tower, where they are known."""
+        return None if self._layers is None else len(self._layers)
+
+    def encode(self, call: Mapping[str, Any]) -> Encoded:
+        """Compressed visual tokens of the images in `call`.
+
+        Raises:
+            UnsupportedInputError: for videos.
+            EvidenceError: when a method's evidence cannot be read from this tower.
+        """
+        if any(call.get(name) is not None for name in VIDEO_ARGUMENTS):
+            raise UnsupportedInputError(
+                "The call carries a video; only images can be compressed so far. Run video prompts inside "
+                "`with handle.disabled():`."
+            )
+        arguments = encoder_arguments(self._base, call)
+        session, wanted = self._session(arguments)
+        before, after = self._pipeline.split()
+        first: list[Group] = []
+        if before and self._family.connector(self._base) is not None:
+            session.select = lambda x: self._select(x, before, session, arguments, first)
+        else:
+            before, after = (), self._pipeline.stages
+        start = self._watch.mark()
+        with running(session):
+            output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
+        self._watch.add("encode", start, self._watch.mark())
+        with self._watch.span("selection"):
+            groups = self._after_connector(output.pooler_output, first, session, arguments)
+            groups = run_stages(after, groups, self.depth)
+        skipped = 0 if session.skip_after is None or self.depth is None else self.depth - 1 - session.skip_after
+        return _collect(output, groups, wanted, skipped)
+
+    def _session(self, arguments: Mapping[str, Any]) -> tuple[Session, tuple[int, ...]]:
+        needs = self._pipeline.needs()
+        if self._tower is None or self._layers is None:
+            if needs.attention:
+                raise EvidenceError(
+                    f"The attention of this {self._family.model_type} tower cannot be read; use a method that "
+                    "needs none, such as 'divprune'."
+                )
+            return Session(self._watch), ()
+        if needs.cls_attention and not self._tower.has_cls:
+            names = ", ".join(repr(stage.method.name) for stage in self._pipeline.stages)
+            raise EvidenceError(
+                f"{names} read(s) [CLS] attention and this {self._family.model_type} tower has no [CLS] token; "
+                "use 'received_attention' or 'divprune'."
+            )
+        layers = Resolved.of(needs, len(self._layers))
+        read = self._family.last_read_layer(self._base, arguments, len(self._layers))
+        last = max([read, *layers.all()])
+        session = Session(
+            self._watch,
+            self._tower,
+            layers.cls_layers,
+            layers.received_layers,
+            layers.key_layers,
+            last if last < len(self._layers) - 1 and may_skip(self._layers) else None,
+        )
+        return session, tuple(sorted(layers.all()))
+
+    def _select(
+        self,
+        x: Tensor,
+        stages: Sequence[Stage],
+        session: Session,
+        arguments: Mapping[str, Any],
+        out: list[Group],
+    ) -> Tensor:
+        """Thin out what the connector reads ([b, n, d]); ragged results are handed on as one row."""
+        with self._watch.span("selection"):
+            groups = self._group(list(x), session, arguments)
+            out += run_stages(stages, groups, self.depth)
+        if len(out) == 1:
+            return out[0].features
+        return torch.cat([group.features[i] for group, i in _by_owner(out)])[None]
+
+    def _group(
+        self, units: Sequence[Tensor], session: Session, arguments: Mapping[str, Any]
+    ) -> list[Group]:
+        """Images ([n_i, d] each) in groups of equal grids, with their share of the evidence."""
+        lengths = [len(unit) for unit in units]
+        grids = self._family.grids(self._base, arguments, lengths)
+        kinds = list(zip(lengths, grids, strict=True))
+        groups = []
+        for n, grid in sorted(set(kinds)):
+            owner = [i for i, kind in enumerate(kinds) if kind == (n, grid)]
+            groups.append(
+                VisualTokens.from_features(
+                    torch.stack([units[i] for i in owner]),
+                    segments=(Segment("image", (1, *grid), slice(0, n)),),
+                    owner=torch.tensor(owner),
+                    evidence=self._evidence(session, owner, grid, n),
+                )
+            )
+        return groups
+
+    def _evidence(self, session: Session, units: Sequence[int], grid: Grid, n: int) -> Evidence:
+        group = self._family.group
+
+        def rows(captured: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
+            return {layer: group(_pick(values, units), grid, "sum") for layer, values in captured.items()}
+
+        def keys(values: list[Tensor]) -> Tensor:
+            by_patch = _pick(values, units).permute(0, 2, 3, 1)
+            return group(by_patch, grid, "mean").permute(0, 3, 1, 2)
+
+        evidence = Evidence(
+            rows(session.cls_rows),
+            rows(session.received_rows),
+            {layer: keys(values) for layer, values in session.keys.items()},
+        )
+        for captured in (*evidence.cls_attention.values(), *evidence.received_attention.values()):
+            if captured.shape[-1] != n:
+                raise EvidenceError(
+                    f"The tower gives attention for {captured.shape[-1]} tokens but an image has {n}; "
+                    "use a method that needs none, such as 'divprune'."
+                )
+        return evidence
+
+    def _after_connector(
+        self, pooled: Any, first: list[Group], session: Session, arguments: Mapping[str, Any]
+    ) -> list[Group]:
+        """Groups of connector outputs; those selected before it get their rows back."""
+        if not first:
+            return self._group(list(pooled), session, arguments)
+        flat = torch.cat([unit.flatten(0, -2) for unit in pooled])
+        rows = flat.split([group.n for group, _ in _by_owner(first)])
+        projected = {int(g.owner[i]): row for (g, i), row in zip(_by_owner(first), rows, strict=True)}
+        return [
+            dataclasses.replace(g, features=torch.stack([projected[o] for o in g.owner.tolist()]))
+            for g in first
+        ]
+
+
+def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
+    """(group, row) of every image, in the order of the images."""
+    places = [(group, i) for group in groups for i in range(len(group.owner))]
+    return sorted(places, key=lambda place: int(place[0].owner[place[1]]))
+
+
+def _pick(values: Sequence[Tensor], units: Sequence[int]) -> Tensor:
+    """Rows of some images: `values` is one batch of all images, or one [1, ...] tensor per image."""
+    if len(values) == 1:
+        return values[0][list(units)]
+    return torch.cat([values[i] for i in units])
+
+
+def _collect(output: Any, groups: Sequence[Group], layers: tuple[int, ...], skipped: int) -> Encoded:
+    places = _by_owner(groups)
+    features = [group.features[i] for group, i in places]
+    if isinstance(output.pooler_output, torch.Tensor):
+        equal = len({len(rows) for rows in features}) == 1
+        output.pooler_output = torch.stack(features) if equal else torch.cat(features)
+    else:
+        output.pooler_output = features
+    return Encoded(
+        output=output,
+        lengths=tuple(group.n_full for group, _ in places),
+        kept=tuple(group.index[i].sort().values for group, i in places),
+        grids=tuple(group.segments[0].grid[1:] for group, _ in places),
+        assignments=tuple(None if g.assignment is None else g.assignment[i] for g, i in places),
+        evidence_layers=layers,
+        skipped_layers=skipped,
+    )

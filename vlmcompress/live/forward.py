@@ -1,0 +1,181 @@
+"""The hooks on the outer model: shorten before its forward, restore the logits' length after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.core.errors import CacheMismatchError
+from vlmcompress.core.placement import Placement
+from vlmcompress.live import calls
+from vlmcompress.live.inputs import by_name
+from vlmcompress.live.state import State, state_of
+
+
+@dataclass(frozen=True)
+class Restore:
+    """How a running forward is finished.
+
+    Attributes:
+        call: the shortened call.
+        columns: caller's columns whose logits were asked for; None for all.
+        start: when the language model began.
+        rows: [S] short columns whose logits the model computes; None for all.
+    """
+
+    call: calls.ShortCall
+    columns: Tensor | None
+    rows: Tensor | None
+    start: Any
+
+
+def before_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of the outer model."""
+    state = state_of(module)
+    if state is None:
+        return None
+    local = state.local
+    local.pending = None
+    if local.generating:
+        return _inside_generate(module, args, kwargs)
+    if not state.active:
+        return None
+    call = by_name(type(module).forward, args, kwargs)
+    if calls.carries_images(call):
+        return (), _shorten(module, state, call)
+    record = calls.cache_record(call.get("past_key_values"))
+    if record is not None:
+        return (), _continue(state, call, record)
+    if call.get("past_key_values") is None:
+        state.calls["without"] += 1
+    return None
+
+
+def _inside_generate(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """`generate` drops all-ones masks; without mask and cache, gapped positions read as packed sequences."""
+    call = by_name(type(module).forward, args, kwargs)
+    if call.get("attention_mask") is None and call.get("position_ids") is not None:
+        cache, ids = call.get("past_key_values"), call.get("input_ids")
+        if ids is not None and (cache is None or cache.get_seq_length() == 0):
+            return (), {**call, "attention_mask": torch.ones_like(ids)}
+    return None
+
+
+def _shorten(module: nn.Module, state: State, call: dict[str, Any]) -> dict[str, Any]:
+    short = calls.prepare(module, state, call, generating=False)
+    arguments = short.arguments
+    columns = rows = None
+    asked = call.get("logits_to_keep", 0)
+    if short.placement is not None and not (isinstance(asked, int) and asked == 0):
+        columns, rows = _asked_rows(asked, short.placement)
+        arguments["logits_to_keep"] = rows
+    state.calls["with"] += 1
+    state.local.last = short.record
+    state.local.pending = Restore(short, columns, rows, short.watch.mark())
+    return arguments
+
+
+def _asked_rows(asked: int | Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    """The caller's columns asked for, and the short columns that together cover them."""
+    every = torch.arange(placement.length, device=placement.index.device)
+    columns = every[-asked:] if isinstance(asked, int) else every[asked.to(every.device)]
+    short = placement.short_column()[:, columns]
+    rows = short[short >= 0].unique()
+    return columns, rows if len(rows) else rows.new_zeros(1)
+
+
+def _continue(state: State, call: dict[str, Any], record: calls.CacheRecord) -> dict[str, Any]:
+    """A forward over a shortened cache: mask and positions of the caller's length are cut likewise."""
+    cache, ids = call["past_key_values"], call.get("input_ids")
+    new = ids if ids is not None else call["inputs_embeds"]
+    held, width, placement = cache.get_seq_length(), new.shape[1], record.placement
+    if held < placement.short_length:
+        calls.check_cache(cache, record, placement.length)
+    if new.shape[0] != placement.index.shape[0]:
+        raise CacheMismatchError(
+            f"The cache was filled by {placement.index.shape[0]} rows, the call has {new.shape[0]}."
+        )
+    out = dict(call)
+    mask = call.get("attention_mask")
+    if mask is None and not bool(placement.valid.all()):
+        mask = torch.ones(new.shape[0], held + placement.shortened_by + width, device=placement.index.device)
+        mask = mask.long()
+    if mask is not None and mask.shape[-1] != held + width:
+        out["attention_mask"] = placement.extend(mask, 0)
+    given = call.get("position_ids")
+    if given is not None:
+        if record.mode == "contiguous" and state.family.rope == "1d":
+            out["position_ids"] = given - placement.dropped[:, None]
+    elif record.next_position is not None:
+        later = torch.arange(held - placement.short_length, held - placement.short_length + width)
+        ids_ = record.next_position[:, None] + later.to(record.next_position.device)
+        out["position_ids"] = ids_.expand(3, -1, -1) if state.family.rope == "mrope" else ids_
+    return out
+
+
+def after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the outer model."""
+    state = state_of(module)
+    if state is None:
+        return None
+    pending, state.local.pending = state.local.pending, None
+    if state.local.generating:
+        _after_prefill(state, output)
+        return None
+    if pending is None:
+        return None
+    cache = _cache_of(output)
+    finish(state, pending.call, cache, pending.start)
+    calls.mark_cache(cache, pending.call.cache)
+    placement = pending.call.placement
+    if placement is None or not state.restore_length:
+        return None
+    return _with_logits(output, kwargs, lambda logits: _restore(logits, placement, pending))
+
+
+def _after_prefill(state: State, output: Any) -> None:
+    prefill, state.local.prefill = state.local.prefill, None
+    if prefill is not None:
+        call, start = prefill
+        finish(state, call, _cache_of(output), start)
+
+
+def finish(state: State, call: calls.ShortCall, cache: Any, start: Any) -> None:
+    """Complete the record of a call once the language model has seen its prompt."""
+    call.watch.add("prefill", start, call.watch.mark())
+    state.local.last = dataclasses.replace(call.record, kv_bytes=calls.cache_bytes(cache))
+
+
+def _cache_of(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
+
+
+def _with_logits(output: Any, kwargs: dict[str, Any], change: Any) -> Any:
+    if isinstance(output, tuple):
+        where = 1 if kwargs.get("labels") is not None else 0
+        return (*output[:where], change(output[where]), *output[where + 1 :])
+    output.logits = change(output.logits)
+    return output
+
+
+def _restore(logits: Tensor, placement: Placement, pending: Restore) -> Tensor:
+    """Logits at the caller's columns ([B, L or asked, V]), zeros where a token was dropped."""
+    if pending.rows is None or pending.columns is None:
+        # Padding goes to a spare column that is cut off.
+        out = logits.new_zeros(logits.shape[0], placement.length + 1, logits.shape[-1])
+        target = torch.where(placement.valid, placement.index, placement.length)
+        return out.scatter(1, target[..., None].expand_as(logits), logits)[:, :-1]
+    short = placement.short_column()[:, pending.columns]
+    place = torch.searchsorted(pending.rows, short.clamp(min=0)).clamp(max=logits.shape[1] - 1)
+    rows = logits.gather(1, place[..., None].expand(-1, -1, logits.shape[-1]))
+    return rows.masked_fill((short < 0)[..., None], 0)

@@ -1,0 +1,213 @@
+"""The instance-level `generate`: shorten once, let the model generate, put the caller's ids back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from vlmcompress.core.errors import UnsupportedInputError
+from vlmcompress.live import calls, inputs
+from vlmcompress.live.inputs import by_name
+from vlmcompress.live.state import State, state_of
+
+
+@functools.wraps(GenerationMixin.generate)
+def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with images compressed; the same arguments and return value."""
+    state = state_of(self)
+    native: Callable[..., Any] = type(self).generate.__get__(self)  # type: ignore[attr-defined]
+    if state is None or not state.active or state.local.generating:
+        return native(*args, **kwargs)
+    call = by_name(GenerationMixin.generate, args, kwargs)
+    if call.get("inputs") is not None:
+        call["input_ids"] = call.pop("inputs")
+    if calls.carries_images(call):
+        return _with_images(self, state, native, call)
+    record = calls.cache_record(call.get("past_key_values"))
+    if record is not None:
+        return _with_cache(self, state, native, call, record)
+    state.calls["without"] += 1
+    return native(*args, **kwargs)
+
+
+def _with_images(
+    model: nn.Module, state: State, native: Callable[..., Any], call: dict[str, Any]
+) -> Any:
+    with torch.no_grad():
+        call = _with_mask(model, call)
+        short = calls.prepare(model, state, call, generating=True)
+    state.calls["with"] += 1
+    state.local.last = short.record
+    arguments = short.arguments
+    if short.placement is not None:
+        _refuse_ragged_beams(model, call, short)
+        arguments = _show_full_ids(call["input_ids"], short.placement.short_length, arguments)
+        arguments = _adjust_lengths(model, arguments, short.placement.shortened_by)
+    state.local.prefill = (short, short.watch.mark())
+    result = _run(state, native, arguments)
+    calls.mark_cache(call.get("past_key_values"), short.cache)
+    calls.mark_cache(getattr(result, "past_key_values", None), short.cache)
+    if short.placement is None:
+        return result
+    return _put_back(result, call["input_ids"], short.placement.short_length)
+
+
+def _with_cache(
+    model: nn.Module,
+    state: State,
+    native: Callable[..., Any],
+    call: dict[str, Any],
+    record: calls.CacheRecord,
+) -> Any:
+    """A later turn over a shortened cache: its longer ids are shortened by what the cache knows."""
+    call = _with_mask(model, call)
+    ids, placement = call["input_ids"], record.placement
+    calls.check_cache(call["past_key_values"], record, ids.shape[1])
+    arguments = dict(call)
+    arguments["input_ids"] = placement.extend(ids, inputs.pad_id(model))
+    arguments["attention_mask"] = placement.extend(call["attention_mask"], 0)
+    for name, fill in inputs.ALIGNED.items():
+        if isinstance(call.get(name), Tensor):
+            arguments[name] = placement.extend(call[name], fill)
+    if record.mode == "original" and state.family.rope == "1d":
+        full = model._prepare_position_ids_for_generation(  # type: ignore[operator]
+            ids, {"attention_mask": call["attention_mask"]}
+        )
+        arguments["position_ids"] = placement.extend(full, 0)
+    short_length = arguments["input_ids"].shape[1]
+    arguments = _show_full_ids(ids, short_length, arguments)
+    arguments = _adjust_lengths(model, arguments, placement.shortened_by)
+    result = _run(state, native, arguments)
+    calls.mark_cache(getattr(result, "past_key_values", None), record)
+    return _put_back(result, ids, short_length)
+
+
+def _run(state: State, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    state.local.generating += 1
+    try:
+        return native(**arguments)
+    finally:
+        state.local.generating -= 1
+        state.local.prefill = None
+
+
+def _with_mask(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """`generate` infers a missing mask from padding ids; so must we, before ids are shortened."""
+    if call.get("attention_mask") is not None:
+        return call
+    ids = call["input_ids"]
+    config = call.get("generation_config") or model.generation_config
+    pad, eos = config.pad_token_id, config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    has_padding = pad is not None and pad not in ends and bool((ids == pad).any())
+    mask = ids != pad if has_padding else torch.ones_like(ids, dtype=torch.bool)
+    return {**call, "attention_mask": mask.long()}
+
+
+def _refuse_ragged_beams(model: nn.Module, call: dict[str, Any], short: calls.ShortCall) -> None:
+    features = short.arguments["mm_encoder_outputs"]["image"].pooler_output
+    ragged = isinstance(features, Tensor) and len(set(short.record.tokens_after)) > 1
+    config = call.get("generation_config") or model.generation_config
+    copies = [call.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+    if ragged and max(copies) > 1:
+        raise UnsupportedInputError(
+            f"Images keep different counts ({sorted(set(short.record.tokens_after))}) and "
+            f"{type(model).__name__} cannot expand those for beams or several return sequences; use one "
+            "beam, or a keep that gives every image the same count."
+        )
+
+
+def _adjust_lengths(model: nn.Module, arguments: dict[str, Any], shortened_by: int) -> dict[str, Any]:
+    """`max_length` and `min_length` count the prompt, which is shorter now."""
+    out = dict(arguments)
+    config = out.get("generation_config")
+    if config is not None:
+        config = out["generation_config"] = copy.deepcopy(config)
+    for name in ("max_length", "min_length"):
+        if out.get(name) is not None:
+            out[name] = max(out[name] - shortened_by, 0)
+        elif config is not None and getattr(config, name) is not None:
+            setattr(config, name, max(getattr(config, name) - shortened_by, 0))
+        elif getattr(model.generation_config, name, None) is not None:
+            out[name] = max(getattr(model.generation_config, name) - shortened_by, 0)
+    return out
+
+
+def _put_back(result: Any, full_ids: Tensor, short_length: int) -> Any:
+    if isinstance(result, Tensor):
+        return _full_ids(result, full_ids, short_length)
+    result.sequences = _full_ids(result.sequences, full_ids, short_length)
+    return result
+
+
+def _full_ids(ids: Tensor, full_ids: Tensor, short_length: int) -> Tensor:
+    """The caller's prompt ids followed by what was generated; rows repeat for beams and samples."""
+    copies = ids.shape[0] // full_ids.shape[0]
+    prompt = full_ids.to(ids.device).repeat_interleave(copies, dim=0)
+    return torch.cat([prompt, ids[:, short_length:]], dim=1)
+
+
+def _show_full_ids(full_ids: Tensor, short_length: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Users' criteria, processors, prefix functions and streamers see the caller's ids."""
+
+    def expand(ids: Tensor) -> Tensor:
+        return _full_ids(ids, full_ids, short_length)
+
+    out = dict(arguments)
+    if out.get("logits_processor"):
+        out["logits_processor"] = LogitsProcessorList(_FullIdsProcessor(p, expand) for p in out["logits_processor"])
+    if out.get("stopping_criteria"):
+        out["stopping_criteria"] = StoppingCriteriaList(_FullIdsCriteria(c, expand) for c in out["stopping_criteria"])
+    if out.get("prefix_allowed_tokens_fn") is not None:
+        allowed = out["prefix_allowed_tokens_fn"]
+        out["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, torch.cat([full_ids[row].to(ids.device), ids[short_length:]])
+        )
+    if out.get("streamer") is not None:
+        out["streamer"] = _FullIdsStreamer(out["streamer"], full_ids)
+    return out
+
+
+class _FullIdsProcessor(LogitsProcessor):
+    """Calls a user's processor with the caller's ids."""
+
+    def __init__(self, processor: Any, expand: Callable[[Tensor], Tensor]) -> None:
+        self._processor, self._expand = processor, expand
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return self._processor(self._expand(input_ids), scores, **kwargs)  # type: ignore[no-any-return]
+
+
+class _FullIdsCriteria(StoppingCriteria):
+    """Calls a user's stopping criterion with the caller's ids."""
+
+    def __init__(self, criterion: Any, expand: Callable[[Tensor], Tensor]) -> None:
+        self._criterion, self._expand = criterion, expand
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self._criterion(self._expand(input_ids), scores, **kwargs)
+
+
+class _FullIdsStreamer(BaseStreamer):
+    """Hands a user's streamer the caller's prompt first, then what is generated."""
+
+    def __init__(self, streamer: Any, full_ids: Tensor) -> None:
+        self._streamer, self._prompt = streamer, full_ids
+
+    def put(self, value: Tensor) -> None:
+        """The first value is the prompt."""
+        if self._prompt is not None:
+            value, self._prompt = self._prompt.cpu(), None
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        """End of the stream."""
+        self._streamer.end()

@@ -1,0 +1,94 @@
+"""The caller's arguments, cut to the columns that stay."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.core.errors import UnsupportedInputError
+from vlmcompress.core.placement import Placement, edge_padding, place
+from vlmcompress.live.encode import PIXEL_ARGUMENTS, Encoded, encoder_arguments
+
+#: Arguments that run along `input_ids`, with what padding gets.
+ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def by_name(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional arguments joined to keyword arguments by the signature of `forward`."""
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def prompt_placement(
+    model: nn.Module, call: Mapping[str, Any], encoded: Encoded, *, generating: bool
+) -> Placement:
+    """Where the kept tokens of `encoded` lie in the prompt of `call`.
+
+    Raises:
+        UnsupportedInputError: when the call brings embeddings instead of ids.
+        PlaceholderMismatchError: when images and placeholders do not match.
+    """
+    ids = call.get("input_ids")
+    if ids is None:
+        raise UnsupportedInputError(
+            "Images came without input_ids (inputs_embeds alone); pass input_ids, whose placeholders tell "
+            "where the images are."
+        )
+    mask = call.get("attention_mask")
+    padding = edge_padding(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    left = generating or (padding is not None and bool(padding[:, 0].any()))
+    placeholders = ids == model.config.image_token_id  # type: ignore[union-attr]
+    return place(
+        placeholders, encoded.lengths, encoded.kept, padding=padding, side="left" if left else "right"
+    )
+
+
+def shorten(
+    model: nn.Module, call: Mapping[str, Any], placement: Placement, position_ids: Tensor | None
+) -> dict[str, Any]:
+    """The call with every aligned tensor cut by one index and the image arguments taken out."""
+    short = dict(call)
+    for name in encoder_arguments(model.base_model, call):  # type: ignore[arg-type]
+        del short[name]
+    short["input_ids"] = placement.take(call["input_ids"], pad_id(model))
+    short["attention_mask"] = _mask(call.get("attention_mask"), placement)
+    for name, fill in ALIGNED.items():
+        if isinstance(call.get(name), Tensor):
+            short[name] = placement.take(call[name], fill)
+    short["position_ids"] = position_ids
+    if position_ids is None:
+        del short["position_ids"]
+    return short
+
+
+def _mask(mask: Any, placement: Placement) -> Tensor:
+    """Always a mask: without one, gapped positions would be read as packed sequences."""
+    if mask is None:
+        return placement.valid.long()
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise UnsupportedInputError(
+            f"attention_mask is {type(mask).__name__}; give a [batch, length] or "
+            "[batch, heads, length, length] tensor."
+        )
+    if mask.ndim == 2:
+        return placement.take(mask, 0)
+    fill = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return placement.take_square(mask, fill)
+
+
+def pad_id(model: nn.Module) -> int:
+    """The id that padding columns get; masked out, so any valid one will do."""
+    config = getattr(model, "generation_config", None)
+    pad = getattr(config, "pad_token_id", None)
+    pad = getattr(model.config, "pad_token_id", None) if pad is None else pad  # type: ignore[union-attr]
+    return 0 if pad is None or pad < 0 else int(pad)
+
+
+def without_pixels(model: nn.Module, call: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    """The call with its pixels replaced by encoder outputs and everything else as it was."""
+    kept = {k: v for k, v in call.items() if k not in PIXEL_ARGUMENTS}
+    return {**kept, "mm_encoder_outputs": {**(call.get("mm_encoder_outputs") or {}), "image": output}}

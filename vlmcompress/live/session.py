@@ -1,0 +1,71 @@
+"""One pass through the tower: what hooks may see and leave while it runs.
+
+Hooks are registered once per patched model and look for the session of *this* thread's pass in a context
+variable; outside a pass they do nothing. No state stays on modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vlmcompress.families.towers import Tower
+from vlmcompress.live.timing import Stopwatch
+
+
+@dataclass
+class Session:
+    """The state of one tower pass.
+
+    Attributes:
+        tower: how to read the tower, or None when nothing is read.
+        cls_layers: layers whose [CLS] row is wanted.
+        received_layers: layers whose mean attention received is wanted.
+        key_layers: layers whose keys are wanted.
+        skip_after: blocks beyond this index are skipped; None skips none.
+        select: called with the connector's input, returns the rows that go on; None leaves it alone.
+        watch: the stage clock.
+        projections: outputs of q and k projections not used yet.
+        cls_rows: {layer: [b, heads, n] or per-image list} captured.
+        received_rows: the same for attention received.
+        keys: {layer: [b, n, heads, head_dim]}.
+    """
+
+    watch: Stopwatch
+    tower: Tower | None = None
+    cls_layers: frozenset[int] = frozenset()
+    received_layers: frozenset[int] = frozenset()
+    key_layers: frozenset[int] = frozenset()
+    skip_after: int | None = None
+    select: Callable[[Tensor], Tensor] | None = None
+    projections: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    cls_rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    received_rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    keys: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def reads(self, layer: int) -> bool:
+        """Whether anything is wanted from `layer`."""
+        return layer in self.cls_layers or layer in self.received_layers or layer in self.key_layers
+
+
+_CURRENT: ContextVar[Session | None] = ContextVar("vlmcompress_session", default=None)
+
+
+def current() -> Session | None:
+    """The session of the pass that runs in this thread, if any."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def running(session: Session) -> Iterator[Session]:
+    """Make `session` current for the tower pass inside."""
+    token: Any = _CURRENT.set(session)
+    try:
+        yield session
+    finally:
+        _CURRENT.reset(token)

@@ -1,0 +1,99 @@
+"""What a patched model carries: one attribute, gone after `remove()`."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from vlmcompress.families import Family
+from vlmcompress.live.evidence import EvidenceHooks
+from vlmcompress.live.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from vlmcompress.core.report import CallRecord
+    from vlmcompress.live.forward import Restore
+
+#: The one attribute a patched model has.
+ATTRIBUTE = "_vlmcompress"
+#: The attribute a cache has that was filled from a shortened prompt.
+CACHE_ATTRIBUTE = "_vlmcompress"
+
+
+class ThreadState(threading.local):
+    """What belongs to the calls of one thread.
+
+    Attributes:
+        disabled: depth of `with handle.disabled()`.
+        generating: depth of patched `generate` calls.
+        pending: how the running forward's logits are restored.
+        last: record of this thread's last compressed call.
+        open_record: record of the call that runs, completed as it goes on.
+    """
+
+    def __init__(self) -> None:
+        self.disabled = 0
+        self.generating = 0
+        self.pending: Restore | None = None
+        self.last: CallRecord | None = None
+        self.prefill: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
+        """A copied model starts with no calls."""
+        return ThreadState()
+
+    def __reduce__(self) -> Any:
+        """Likewise for pickling."""
+        return (ThreadState, ())
+
+
+@dataclass
+class Settings:
+    """What `Handle.set` may change, replaced as a whole so that a running call keeps what it began with.
+
+    Attributes:
+        pipeline: the methods.
+        chosen_by_default: whether the method was chosen by the library.
+    """
+
+    pipeline: Pipeline
+    chosen_by_default: bool
+
+
+@dataclass
+class State:
+    """Everything `patch` put on a model.
+
+    Attributes:
+        family: facts about the model.
+        settings: what is applied.
+        processor: the caller's processor, for overlays and questions.
+        restore_length: whether logits get the caller's length.
+        local: per-thread state.
+        handles: hooks to take off.
+        evidence: hooks on the tower, where its attention can be read.
+        calls: how many forwards and generates came with and without images.
+    """
+
+    family: Family
+    settings: Settings
+    processor: Any = None
+    restore_length: bool = True
+    local: ThreadState = field(default_factory=ThreadState)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    evidence: EvidenceHooks | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def active(self) -> bool:
+        """Whether calls of this thread are compressed."""
+        return self.local.disabled == 0
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of a patched model, None of any other."""
+    return model.__dict__.get(ATTRIBUTE)

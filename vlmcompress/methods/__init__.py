@@ -1,0 +1,29 @@
+"""Compression methods, one file each, and the contracts they implement."""
+
+from vlmcompress.methods.base import (
+    AttentionEditor,
+    LayerReducer,
+    LayerRouter,
+    Method,
+    Needs,
+    PromptCompressor,
+    TokenCompressor,
+    TokenPruner,
+    TowerReducer,
+)
+from vlmcompress.methods.registry import create, get, names
+
+__all__ = [
+    "AttentionEditor",
+    "LayerReducer",
+    "LayerRouter",
+    "Method",
+    "Needs",
+    "PromptCompressor",
+    "TokenCompressor",
+    "TokenPruner",
+    "TowerReducer",
+    "create",
+    "get",
+    "names",
+]

@@ -1,0 +1,344 @@
+"""The contracts that compression methods implement, one base class per stage.
+
+A method is a frozen dataclass: its fields are its hyperparameters with the paper's defaults, and
+one function does the work. Methods see tensors only; which model they run in is not their business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.core import keep as keeping
+from vlmcompress.core.errors import ConfigError, ConfigTypeError, EvidenceError
+from vlmcompress.core.keep import AutoKeep, Keep
+from vlmcompress.core.tokens import Segment, VisualTokens
+from vlmcompress.methods.ops.topk import top_k
+
+Stage: TypeAlias = Literal["tower", "connector", "decoder", "prompt"]
+CountKind: TypeAlias = Literal["exact", "at_most", "content"]
+FeatureSpace: TypeAlias = Literal["none", "tower", "llm"]
+Layer: TypeAlias = int | float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The evidence a method asks for.
+
+    Layers are ints (negative allowed) or floats in (0, 1), shares of depth.
+    """
+
+    cls_attention: tuple[Layer, ...] = ()
+    received_attention: tuple[Layer, ...] = ()
+    keys: tuple[Layer, ...] = ()
+    text: bool = False
+
+    @property
+    def attention(self) -> bool:
+        """Whether anything must be read from tower attention layers."""
+        return bool(self.cls_attention or self.received_attention or self.keys)
+
+
+def resolve_layer(layer: Layer, depth: int) -> int:
+    """Absolute index of a layer in a stack of `depth`.
+
+    Args:
+        layer: an int (negative counts from the end) or a float in (0, 1), a share of depth.
+        depth: number of layers.
+
+    Raises:
+        ConfigTypeError: for a bool or a non-number.
+        ConfigError: when the layer does not exist.
+    """
+    _check_layer(layer)
+    if isinstance(layer, float):
+        return min(depth - 1, round(layer * depth))
+    if not -depth <= layer < depth:
+        raise ConfigError(f"Layer {layer} does not exist: the stack has {depth} layers.")
+    return layer % depth
+
+
+def check_layers(method: str, layers: object) -> None:
+    """Check a method's layer option before any model is known.
+
+    Args:
+        method: name for messages.
+        layers: must be a non-empty tuple of ints and of floats in (0, 1).
+
+    Raises:
+        ConfigTypeError: for anything that is no tuple of numbers.
+        ConfigError: for an empty tuple or a share outside (0, 1).
+    """
+    if not isinstance(layers, tuple):
+        raise ConfigTypeError(f"{method}'s layers are {layers!r}; they must be a tuple of layers.")
+    if not layers:
+        raise ConfigError(f"{method} needs at least one layer.")
+    for layer in layers:
+        _check_layer(layer)
+
+
+def _check_layer(layer: object) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int | float):
+        raise ConfigTypeError(f"Layer {layer!r} must be an int or a float in (0, 1).")
+    if isinstance(layer, float) and not 0 < layer < 1:
+        raise ConfigError(f"Layer {layer!r} is a share of depth and must lie in (0, 1).")
+
+
+class Method(ABC):
+    """What all methods share.
+
+    Class attributes:
+        name: the registry name, a lower-case identifier.
+        stage: where the method acts.
+        paper: link to the source.
+        count_kind: `exact` (the count is known before any pixel), `at_most`, or `content`.
+        training_free: whether it works without trained weights of its own.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    paper: ClassVar[str] = ""
+    count_kind: ClassVar[CountKind] = "exact"
+    training_free: ClassVar[bool] = True
+
+    def needs(self) -> Needs:
+        """The evidence this method reads."""
+        return Needs()
+
+    def options(self) -> dict[str, Any]:
+        """Hyperparameters as a JSON-ready dict (tuples become lists)."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+class TokenCompressor(Method):
+    """Between tower and LLM: fewer tokens out than in.
+
+    Class attributes:
+        reads: whose features `compress` looks at or changes. `none`: only evidence and places, so
+            tokens are dropped before the connector; `tower`: features before the connector; `llm`:
+            after it.
+        scored: whether `score` exists, which `keep="auto"` needs.
+    """
+
+    stage: ClassVar[Stage] = "connector"
+    reads: ClassVar[FeatureSpace] = "none"
+    scored: ClassVar[bool] = False
+
+    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+        """Tokens left of a unit, known before any pixel is seen.
+
+        Args:
+            segments: the unit's rectangles of tokens.
+            keep: fraction or count.
+        """
+        return keeping.count(keep, sum(s.length for s in segments))
+
+    def allocate(self, units: Sequence[Sequence[Segment]], keep: float | int) -> list[int]:
+        """Tokens kept in each unit when a budget is shared over several; independent by default."""
+        return [self.tokens_kept(segments, keep) for segments in units]
+
+    def budget(self, tokens: VisualTokens, keep: float | int) -> int:
+        """Tokens left of each unit, also where an earlier method has thinned them out."""
+        return self.tokens_kept(tokens.current_segments, keep)
+
+    @abstractmethod
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """Reduce every unit of `tokens` ([b, n, d]) to `tokens_kept` rows."""
+
+
+class TokenPruner(TokenCompressor):
+    """Drops the tokens with the lowest scores and keeps spatial order."""
+
+    scored: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """Importance of each token, [b, n] float32, non-negative; larger stays."""
+
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """Keep the `tokens_kept` best rows, in their original order; ties go to the lower index."""
+        return tokens.select(top_k(self.score(tokens), self.budget(tokens, keep)))
+
+
+@dataclass(frozen=True)
+class TowerState:
+    """Tokens inside the tower between two blocks.
+
+    Attributes:
+        hidden: [b, n, d], [CLS] first where the tower has one.
+        mass: [b, n] patches each row stands for.
+        assignment: [b, n_full] row each patch went to, -1 where dropped.
+        cls_rows: how many leading rows are no patches.
+        attention: the layer module, for reducers that read its q, k or v.
+    """
+
+    hidden: Tensor
+    mass: Tensor
+    assignment: Tensor
+    cls_rows: int
+    attention: nn.Module
+
+
+class TowerReducer(Method):
+    """Inside the tower: reduces tokens between two blocks."""
+
+    stage: ClassVar[Stage] = "tower"
+
+    @abstractmethod
+    def reduce(self, layer: int, state: TowerState) -> TowerState:
+        """State handed to the block after `layer`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the LLM: before layer `layer`, or between its attention and its MLP."""
+
+    layer: int
+    where: Literal["before", "between"] = "before"
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """The LLM's sequence at a site during prefill.
+
+    Attributes:
+        hidden: [B, L, d].
+        visual: [B, L] bool, which rows are visual tokens.
+        positions: [B, L] or [3, B, L] position ids.
+        attention: {layer: [B, heads, rows, L]} the score rows the method asked for.
+    """
+
+    hidden: Tensor
+    visual: Tensor
+    positions: Tensor
+    attention: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a `LayerReducer` decided at a site.
+
+    Attributes:
+        keep: [B, L'] rows that stay.
+        merged: [B, m, d] rows appended after the kept visual tokens, or None.
+        position_of_merged: [B, m] their positions.
+        crop_earlier_kv: whether caches of earlier layers are cut to the same rows.
+    """
+
+    keep: Tensor
+    merged: Tensor | None = None
+    position_of_merged: Tensor | None = None
+    crop_earlier_kv: bool = False
+
+
+class LayerReducer(Method):
+    """Inside the LLM: drops or merges visual tokens at some layers."""
+
+    stage: ClassVar[Stage] = "decoder"
+
+    @abstractmethod
+    def step(self, site: Site, state: DecoderState) -> Reduction:
+        """The reduction at `site`."""
+
+
+class LayerRouter(Method):
+    """Inside the LLM: visual tokens skip layers through the residual."""
+
+    stage: ClassVar[Stage] = "decoder"
+
+    @abstractmethod
+    def route(self, layer: int, state: DecoderState) -> Tensor:
+        """[B, L] bool, which rows `layer` processes."""
+
+
+class AttentionEditor(Method):
+    """Inside the LLM: redistributes attention weights."""
+
+    stage: ClassVar[Stage] = "decoder"
+
+    @abstractmethod
+    def edit(self, layer: int, weights: Tensor, state: DecoderState) -> Tensor:
+        """New weights [B, heads, rows, L] for `layer`."""
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """The embedded prompt at prefill.
+
+    Attributes:
+        embeddings: [B, L, d].
+        visual: [B, L] bool.
+        text: [B, L] bool, rows of the question.
+        positions: [B, L] position ids.
+    """
+
+    embeddings: Tensor
+    visual: Tensor
+    text: Tensor
+    positions: Tensor
+
+
+class PromptCompressor(Method):
+    """Rewrites the embedded prompt at prefill (LLaVA-Mini, QueCC, VoCo)."""
+
+    stage: ClassVar[Stage] = "prompt"
+
+    @abstractmethod
+    def fuse(self, prompt: PromptState) -> PromptState:
+        """The prompt the LLM sees."""
+
+
+def head_mean_sum(rows: Iterable[Tensor]) -> Tensor:
+    """Sum over layers of the mean over heads: [b, n] float32 from rows of [b, heads, n].
+
+    Raises:
+        EvidenceError: when there is no row.
+    """
+    means = [row.float().mean(1) for row in rows]
+    if not means:
+        raise EvidenceError("No attention was captured for a method that ranks tokens by it.")
+    return torch.stack(means).sum(0)
+
+
+def only_row(rows: Mapping[int, Tensor]) -> Tensor:
+    """The attention of the single layer a method asked for.
+
+    Raises:
+        EvidenceError: when there are none or several.
+    """
+    if len(rows) != 1:
+        raise EvidenceError(f"Attention of one layer is needed; captured were {sorted(rows)}.")
+    return next(iter(rows.values()))
+
+
+__all__ = [
+    "AttentionEditor",
+    "AutoKeep",
+    "DecoderState",
+    "FeatureSpace",
+    "Keep",
+    "Layer",
+    "LayerReducer",
+    "LayerRouter",
+    "Method",
+    "Needs",
+    "PromptCompressor",
+    "PromptState",
+    "Reduction",
+    "Site",
+    "TokenCompressor",
+    "TokenPruner",
+    "TowerReducer",
+    "TowerState",
+    "check_layers",
+    "head_mean_sum",
+    "only_row",
+    "resolve_layer",
+]

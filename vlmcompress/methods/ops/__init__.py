@@ -1,0 +1,1 @@
+"""Tensor algorithms shared by methods; they know no model."""

@@ -1,0 +1,78 @@
+"""Names to methods, imported only when asked for.
+
+Third parties add methods through the entry-point group `vlmcompress.methods`; a built-in name
+cannot be taken over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from vlmcompress.core.errors import ConfigError, UnknownMethodError
+from vlmcompress.methods.base import Method
+
+ENTRY_POINT_GROUP = "vlmcompress.methods"
+
+BUILTIN: dict[str, str] = {
+    "random": "vlmcompress.methods.connector.random:Random",
+    "uniform": "vlmcompress.methods.connector.uniform:Uniform",
+    "pool": "vlmcompress.methods.connector.pool:Pool",
+    "fastervlm": "vlmcompress.methods.connector.fastervlm:FasterVLM",
+    "vtc_cls": "vlmcompress.methods.connector.vtc_cls:VTCCLS",
+    "received_attention": "vlmcompress.methods.connector.received_attention:ReceivedAttention",
+    "divprune": "vlmcompress.methods.connector.divprune:DivPrune",
+    "hired": "vlmcompress.methods.connector.hired:HiRED",
+}
+
+
+@cache
+def _external() -> dict[str, EntryPoint]:
+    return {ep.name: ep for ep in entry_points(group=ENTRY_POINT_GROUP) if ep.name not in BUILTIN}
+
+
+def names() -> list[str]:
+    """All registered method names, sorted."""
+    return sorted({*BUILTIN, *_external()})
+
+
+def get(name: str) -> type[Method]:
+    """The class registered under `name`.
+
+    Raises:
+        UnknownMethodError: with near names, when there is none.
+        ConfigError: when a third party's entry point is no `Method`.
+    """
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+    if name in _external():
+        method = _external()[name].load()
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise ConfigError(
+                f"Entry point {name!r} of group {ENTRY_POINT_GROUP!r} is {method!r}; "
+                "it must be a subclass of vlmcompress.methods.Method."
+            )
+        return method
+    raise UnknownMethodError(name, names())
+
+
+def create(name: str, **options: Any) -> Method:
+    """An instance of the method `name` with `options` set.
+
+    Raises:
+        UnknownMethodError: for an unknown name.
+        ConfigError: for an option the method does not have.
+    """
+    method = get(name)
+    known = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"Method {name!r} has no option {', '.join(unknown)}; "
+            f"its options: {', '.join(known) or 'none'}."
+        )
+    return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
