@@ -1,8 +1,7 @@
 """Analytic floating-point operations and cache bytes of a decoder-only language model.
 
 Counts are 2 x multiply-accumulates of the matrix products; attention is not halved for causality,
-as no
-kernel skips exactly half.
+as no kernel skips exactly half.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Placement:
         return self.length - self.short_length
 
     def take(self, values: Tensor, fill: float | int | bool) -> Tensor:
-        """Shorten `values` ([B, L] or [..., B, L]) along its last dimension; padding gets `fill`."""
+        """Shorten `values` ([B, L] or [..., B, L]) in the last dimension; padding gets `fill`."""
         batch = values.shape[-2]
         index = self.index.expand(*values.shape[:-2], -1, -1)
         if batch == 1 != self.index.shape[0]:

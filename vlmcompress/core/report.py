@@ -109,7 +109,8 @@ class Report:
 
     def __str__(self) -> str:
         """Readable text, headed by the last call's token counts."""
-        head = f"vlmcompress on {self.model}: {self.method} ({self.chosen}), {self.positions} positions"
+        method = f"{self.method} ({self.chosen})"
+        head = f"vlmcompress on {self.model}: {method}, {self.positions} positions"
         calls = f"calls: {self.calls_with_images} with images, {self.calls_without_images} without"
         if self.last is not None:
             return "\n".join([*self.last.lines(), head, calls])

@@ -1,0 +1,16 @@
+"""Every built-in method with the options it is tested with, one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CONNECTOR_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("random", {"seed": 3}),
+    ("uniform", {}),
+    ("pool", {}),
+    ("fastervlm", {"layer": -2}),
+    ("vtc_cls", {"layers": (0.25, -3, 5)}),
+    ("received_attention", {"layers": (-4, -3, -2)}),
+    ("divprune", {}),
+    ("hired", {"layer": 0.5}),
+)

@@ -1,0 +1,1 @@
+"""Comparison with numbers made by the original implementations."""

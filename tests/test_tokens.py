@@ -1,0 +1,108 @@
+"""Selecting tokens keeps rows, masses, assignments and evidence together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+
+QUICK = settings(max_examples=50, deadline=None)
+
+
+def tokens_of(b: int, n: int) -> VisualTokens:
+    """Units whose features and evidence spell out unit and row."""
+    place = (100 * torch.arange(b)[:, None] + torch.arange(n)).float()
+    attention = place[:, None].expand(b, 2, n)
+    evidence = Evidence(
+        {3: attention}, {4: attention}, {5: place[..., None, None].expand(b, n, 2, 4)}
+    )
+    return VisualTokens.from_features(place[..., None].expand(b, n, 3), evidence=evidence)
+
+
+def rows_of(b: int, n: int, k: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(b)])
+
+
+def check(tokens: VisualTokens) -> None:
+    """Every part of `tokens` tells of the same uncompressed rows."""
+    place = 100 * torch.arange(len(tokens.index))[:, None] + tokens.index
+    for values in (
+        tokens.features[..., 0],
+        tokens.evidence.cls_attention[3][:, 1],
+        tokens.evidence.received_attention[4][:, 0],
+        tokens.evidence.keys[5][:, :, 1, 2],
+    ):
+        assert torch.equal(values.long(), place)
+    assert tokens.assignment is not None
+    for unit, index in zip(tokens.assignment, tokens.index, strict=True):
+        wanted = torch.full((tokens.n_full,), -1)
+        wanted[index] = torch.arange(tokens.n)
+        assert torch.equal(unit, wanted)
+
+
+def test_untouched():
+    tokens = tokens_of(2, 5)
+    assert (tokens.n, tokens.n_full) == (5, 5)
+    assert tokens.assignment is None
+    assert torch.equal(tokens.mass, torch.ones(2, 5))
+    assert tokens.segments == (Segment("image", (1, 1, 5), slice(0, 5)),)
+    assert tokens.owner.tolist() == [0, 1]
+    assert not tokens.structural.any()
+
+
+@QUICK
+@given(st.integers(1, 3), st.integers(1, 12), st.data())
+def test_selections_compose(b: int, n: int, data: st.DataObject):
+    seed = data.draw(st.integers(0, 1000))
+    k = data.draw(st.integers(1, n))
+    j = data.draw(st.integers(1, k))
+    first, second = rows_of(b, n, k, seed), rows_of(b, k, j, seed + 1)
+    once = tokens_of(b, n).select(first)
+    twice = once.select(second)
+    assert (twice.n, twice.n_full) == (j, n)
+    check(once)
+    check(twice)
+    direct = tokens_of(b, n).select(first.gather(1, second))
+    assert torch.equal(twice.index, direct.index)
+    assert torch.equal(twice.assignment, direct.assignment)  # type: ignore[arg-type]
+    assert torch.equal(twice.mass, torch.ones(b, j))
+
+
+def test_selection_after_a_merge_drops_whole_groups():
+    merged = VisualTokens(
+        features=torch.arange(3.0).view(1, 3, 1),
+        index=torch.tensor([[0, 2, 5]]),
+        mass=torch.tensor([[2.0, 3.0, 1.0]]),
+        segments=(Segment("image", (1, 2, 3), slice(0, 6)),),
+        structural=torch.zeros(6, dtype=torch.bool),
+        owner=torch.tensor([0]),
+        assignment=torch.tensor([[0, 0, 1, 1, 1, 2]]),
+    )
+    kept = merged.select(torch.tensor([[1, 2]]))
+    assert kept.index.tolist() == [[2, 5]]
+    assert kept.mass.tolist() == [[3.0, 1.0]]
+    assert kept.assignment is not None
+    assert kept.assignment.tolist() == [[-1, -1, 0, 0, 0, 1]]
+
+
+def test_gradients_reach_kept_rows_only():
+    features = torch.randn(1, 4, 2, requires_grad=True)
+    VisualTokens.from_features(features).select(torch.tensor([[1, 3]])).features.sum().backward()
+    assert features.grad is not None
+    assert features.grad.sum(-1).tolist() == [[0.0, 2.0, 0.0, 2.0]]
+
+
+def test_evidence_of_some_units():
+    evidence = tokens_of(3, 4).evidence.take_units(torch.tensor([2]))
+    assert evidence.cls_attention[3][0, 0, 0] == 200
+    assert evidence.keys[5].shape == (1, 4, 2, 4)
+
+
+@pytest.mark.parametrize(("grid", "length"), [((1, 24, 24), 576), ((8, 3, 5), 120)])
+def test_segment_length(grid: tuple[int, int, int], length: int):
+    assert Segment("frame", grid, slice(0, length)).length == length
