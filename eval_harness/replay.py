@@ -132,7 +132,7 @@ class Recording:
         """Calls of the tower return the recorded output in the body of the `with`."""
         before = self.tower.__dict__.get("forward")
         # The caller may write into the output, so each call gets a new one.
-        self.tower.__dict__["forward"] = lambda *args, **kwargs: _map(self.output, lambda x: x)
+        self.tower.__dict__["forward"] = lambda *args, **kwargs: _copy(self.output)
         try:
             yield
         finally:
@@ -178,7 +178,8 @@ def record(
     first = torch.stack([(images == i).nonzero()[0, 0] for i in range(int(images.max()) + 1)])
     unique = {name: value[first.to(value.device)] for name, value in batch.items()}
     outputs: list[Any] = []
-    hook = tower.register_forward_hook(lambda module, args, output: outputs.append(output))
+    # A copy, since the model goes on to write its image features into the tower's output.
+    hook = tower.register_forward_hook(lambda module, args, output: outputs.append(_copy(output)))
     recorder = Recorder(needs)
     handle.set(method=recorder, keep=1)
     try:
@@ -204,6 +205,10 @@ def _one_row_per_image(output: Any, images: int) -> bool:
     rows: list[int] = []
     _map(output, lambda x: rows.append(x.shape[0]) or x)
     return set(rows) == {images}
+
+
+def _copy(output: Any) -> Any:
+    return _map(output, lambda x: x)
 
 
 def _map(value: Any, fn: Any) -> Any:

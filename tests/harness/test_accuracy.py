@@ -100,9 +100,24 @@ def test_reused_tower_changes_no_answer(monkeypatch, model, processor, asked):
     assert len(set(means.values())) > 1
 
 
-def test_perfect_answers_count(model, processor, asked):
-    first = evaluate(model, processor, asked[:4], methods=["uniform"], keeps=[0.5])
-    assert first["n"] == 4
+def test_tower_runs_once_per_image(model, processor, asked):
+    images = []
+    hook = model.model.vision_tower.embeddings.register_forward_hook(
+        lambda module, args, output: images.append(len(output))
+    )
+    _evaluate(model, processor, asked, batch_size=16)
+    hook.remove()
+    assert images == [len({s.scene_id for s in asked})]
+
+
+def test_right_answers_count(monkeypatch, model, processor, asked):
+    monkeypatch.setattr(accuracy, "is_right", lambda answer, expected: expected != "yes")
+    found = _evaluate(model, processor, asked, methods=["uniform"], keeps=[0.5])
+    right = {s.kind: [] for s in asked}
+    for sample in asked:
+        right[sample.kind].append(sample.answer != "yes")
+    expected = np.mean([np.mean(rows) for rows in right.values()])
+    assert found["accuracy"]["0.5"]["uniform"]["mean"] == pytest.approx(expected)
 
 
 def test_model_is_left_unpatched(model, results):
