@@ -1,0 +1,47 @@
+# Every target works from a bare clone: it makes .venv first where that is missing or older than
+# pyproject.toml. `make PYTHON=python3.12 setup` chooses the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread per worker, so that workers do not fight over the cores.
+WORKERS ?= 2
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+TEST_ARGS ?=
+BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --new-tokens 0
+RESULTS := docs/assets
+
+.PHONY: setup demo test test-matrix lint bench results readme
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev,eval]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the pictures and the table of the README, offline
+	$(BIN)/vlmcompress demo --out demo
+
+test: $(STAMP)  ## everything but the full matrix and what needs a GPU
+	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix and not gpu" $(TEST_ARGS)
+
+test-matrix: $(STAMP)  ## every method on every family
+	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "matrix" $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## BENCH_ARGS chooses shape, methods and budgets
+	$(BIN)/vlmcompress bench --json $(BENCH_ARGS)
+
+results: $(STAMP)  ## the results files that the documentation quotes
+	mkdir -p $(RESULTS)
+	$(BIN)/vlmcompress reference eval --json --out $(RESULTS)/reference_eval.json > /dev/null
+	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
+
+readme: demo  ## pictures and tables of README.md and docs/ from results
+	$(BIN)/python scripts/readme.py --demo demo
