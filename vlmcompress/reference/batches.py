@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from .data import question_rng
 from .labels import PatchLabels, patch_labels
 from .questions import KINDS, Question, ask
-from .scenes import Scene, Split, scene
+from .scenes import OBJECT_SHARE, PATCHES, Scene, Split, scene
 from .tokenizer import ASSISTANT, EOS, PAD, SPECIAL
 
 IGNORED = -100
@@ -31,6 +31,8 @@ class Packed:
         target: the token that should follow, where an answer or its end does; else -100.
         kind: index of the question's kind.
         answer: whether ``target`` is the answer (and not the end that follows it).
+        asked: ``[b, questions, 196]`` where the asked objects are: a distribution with the same
+            part on each, or zeros where the answer is no.
     """
 
     ids: Tensor
@@ -39,6 +41,7 @@ class Packed:
     target: Tensor
     kind: Tensor
     answer: Tensor
+    asked: Tensor
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
@@ -56,7 +59,20 @@ class Encoder:
         return self._encode(text)
 
 
-def pack(questions: list[list[Question]], encode: Encoder) -> Packed:
+def _asked(scenes: list[Scene], questions: list[list[Question]]) -> Tensor:
+    """Where each question's objects are, ``[b, questions, 196]``."""
+    table = np.zeros((len(scenes), max(map(len, questions)), PATCHES), np.float32)
+    for row, drawn, asked in zip(table, scenes, questions, strict=True):
+        for target, question in zip(row, asked, strict=False):
+            if question.answer != "no":
+                for i in question.about:
+                    shares = drawn.items[i].coverage
+                    shares = shares * (shares >= OBJECT_SHARE)
+                    target += shares / (shares.sum() * len(question.about))
+    return torch.from_numpy(table)
+
+
+def pack(scenes: list[Scene], questions: list[list[Question]], encode: Encoder) -> Packed:
     """Pack each scene's questions into one row, each as the chat template would write it."""
     eos, assistant = SPECIAL.index(EOS), SPECIAL.index(ASSISTANT)
     rows = []
@@ -76,7 +92,7 @@ def pack(questions: list[list[Question]], encode: Encoder) -> Packed:
     padding = (SPECIAL.index(PAD), -1, 0, IGNORED, 0, 0)
     table = np.array([row + [padding] * (longest - len(row)) for row in rows])
     columns = [torch.from_numpy(table[..., i]) for i in range(6)]
-    return Packed(*columns[:5], columns[5].bool())
+    return Packed(*columns[:5], columns[5].bool(), _asked(scenes, questions))
 
 
 @dataclass(frozen=True)
@@ -121,4 +137,4 @@ def make_batch(
         scenes.append(drawn)
         questions.append(asked or [ask(drawn, "count", rng)])  # every scene can be counted
     labels = _stack([patch_labels(s) for s in scenes])
-    return Batch(scenes, labels, questions, pack(questions, encode))
+    return Batch(scenes, labels, questions, pack(scenes, questions, encode))

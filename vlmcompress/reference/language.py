@@ -52,7 +52,7 @@ def run_llm(
     kept: Tensor,
     packed: Packed,
     contiguous: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Predict every answer.
 
     Args:
@@ -63,17 +63,42 @@ def run_llm(
         contiguous: see `position_ids`.
 
     Returns:
-        Logits ``[targets, vocabulary]`` float32 and target ids ``[targets]``.
+        Logits ``[targets, vocabulary]`` float32, target ids ``[targets]``, and where the answering
+        tokens look in the middle layers, ``[questions, k]`` (empty without eager attention).
     """
     embed = model.get_input_embeddings()
     user = torch.full_like(kept[:, :1], SPECIAL.index(USER))
     sequence = torch.cat([embed(user), tokens, embed(packed.ids)], dim=1)
-    hidden = model.model.language_model(
+    pointing = model.config.text_config._attn_implementation == "eager"
+    out = model.model.language_model(
         inputs_embeds=sequence,
         attention_mask=block_mask(packed.block, 1 + kept.shape[1]),
         position_ids=position_ids(packed.offset, kept, contiguous),
         use_cache=False,
-    ).last_hidden_state
+        output_attentions=pointing,
+    )
     wanted = packed.target != IGNORED
-    answers = hidden[:, 1 + kept.shape[1] :][wanted]
-    return model.lm_head(answers).float(), packed.target[wanted]
+    answers = out.last_hidden_state[:, 1 + kept.shape[1] :][wanted]
+    looks = answers.new_zeros(0)
+    if pointing:
+        looks = pointers(out.attentions, packed.answer, kept.shape[1])
+    return model.lm_head(answers).float(), packed.target[wanted], looks
+
+
+def pointers(attentions: tuple[Tensor, ...], answering: Tensor, k: int) -> Tensor:
+    """Attention of the answering tokens to the image, in the two middle layers.
+
+    Args:
+        attentions: per layer ``[b, heads, n, n]``.
+        answering: ``[b, t]`` bool, the tokens that predict an answer.
+        k: number of image tokens.
+
+    Returns:
+        ``[questions, k]`` mean over the layers and the first half of the heads.
+    """
+    middle = len(attentions) // 2
+    rows = []
+    for attention in attentions[middle : middle + 2]:
+        heads = attention[:, : attention.shape[1] // 2, 1 + k :, 1 : 1 + k]
+        rows.append(heads.float().mean(dim=1)[answering])
+    return torch.stack(rows).mean(dim=0)

@@ -102,6 +102,23 @@ def object_mass(attention: Tensor, share: Tensor) -> Tensor:
     return (attention[:, 1:] * (share >= OBJECT_SHARE)).sum(1).mean()
 
 
+def pointing_loss(looks: Tensor, packed: Packed, kept: Tensor) -> Tensor:
+    """Cross entropy of where the answering tokens look with where the asked objects are.
+
+    Args:
+        looks: ``[questions, k]`` attention to the image tokens.
+        packed: the questions.
+        kept: ``[b, k]`` patch indices.
+    """
+    where = packed.answer.nonzero()
+    block = packed.block[packed.answer]
+    target = packed.asked[where[:, 0], block].gather(1, kept[where[:, 0]])
+    mass = target.sum(1, keepdim=True)
+    there = mass[:, 0] > 0
+    each = -(target / mass.clamp(min=_EPSILON) * (looks + 1e-4).log()).sum(1)
+    return (each * there).sum() / there.sum().clamp(min=1)
+
+
 def answer_loss(logits: Tensor, target: Tensor, packed: Packed) -> Tensor:
     """Cross entropy of answers and of the ends that follow them."""
     wanted = packed.target != -100

@@ -23,6 +23,7 @@ from .simulate import simulate_tokens
 from .text_head import TextHead, contrastive_loss
 
 CLS_LAYERS = (-4, -3, -2, -1)
+_POINTING = 0.2  # weight of looking at the asked objects
 _CHEAP = 64  # patches of a cheap tower step
 _CHANCE = np.array([1 / (2 if kind == "relation" else len(ANSWERS[kind])) for kind in KINDS])
 _SEEDS = 10**9  # scene indices of a stage: far from those of the others
@@ -181,11 +182,11 @@ class TowerStage(Stage):
 
     name = "tower"
     rates: ClassVar = {
-        "model.model.vision_tower": 1.5e-3,
-        "model.model.multi_modal_projector": 1.5e-3,
-        "text_head": 1.5e-3,
-        "present": 1.5e-3,
-        "place": 1.5e-3,
+        "model.model.vision_tower": 2e-3,
+        "model.model.multi_modal_projector": 2e-3,
+        "text_head": 2e-3,
+        "present": 2e-3,
+        "place": 2e-3,
     }
     offset = 1
     full_every = 8
@@ -228,9 +229,11 @@ class LanguageStage(Stage):
         kept = kept.to(tokens.device)
         tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
         packed = batch.packed.to(tokens.device)
-        logits, target = run_llm(trainee.model, tokens, kept, packed, contiguous)
+        logits, target, looks = run_llm(trainee.model, tokens, kept, packed, contiguous)
         metrics = self._count(logits, target, packed, update=True)
-        return losses.answer_loss(logits, target, packed), metrics
+        pointing = losses.pointing_loss(looks, packed, kept)
+        metrics["pointing"] = pointing.item()
+        return losses.answer_loss(logits, target, packed) + _POINTING * pointing, metrics
 
     @staticmethod
     def _keep(batch: Batch, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, bool]:
@@ -283,11 +286,14 @@ class JointStage(Stage):
         kept = seen.gather(1, picked)
         tokens = tokens.gather(1, picked[..., None].expand(-1, -1, tokens.shape[-1]))
         packed = batch.packed.to(device)
-        logits, target = run_llm(trainee.model, tokens, kept, packed, contiguous)
+        logits, target, looks = run_llm(trainee.model, tokens, kept, packed, contiguous)
         answers = self._count(logits, target, packed, update=how != "random")
         metrics = {k: v.item() for k, v in metrics.items() if torch.isfinite(v)}
         metrics[f"answers_{how}"] = answers["answers"]
-        return 0.25 * total + losses.answer_loss(logits, target, packed), metrics
+        total = 0.25 * total + losses.answer_loss(logits, target, packed)
+        if how != "random":  # a random choice may have lost what there is to look at
+            total = total + _POINTING * losses.pointing_loss(looks, packed, kept)
+        return total, metrics
 
     @staticmethod
     def _compress(

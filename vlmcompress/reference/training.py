@@ -13,7 +13,7 @@ from .checkpoint import read_state
 from .model import Shape
 from .worker import Job, run_job
 
-APART = 0.35  # share of the time that tower and language model learn apart
+APART = 0.3  # share of the time that tower and language model learn apart
 _BATCH = {"tower": 16, "language": 8, "joint": 8}
 # Threads that wait must sleep (the cores are shared), and big buffers must be kept (page faults
 # took a quarter of a step).

@@ -37,7 +37,7 @@ def _answers(
     kept = top(score, keep)
     tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
     packed = batch.packed.to(tokens.device)
-    logits, target = run_llm(trainee.model, tokens, kept, packed, contiguous)
+    logits, target, _ = run_llm(trainee.model, tokens, kept, packed, contiguous)
     wanted = packed.target != -100
     answer = packed.answer[wanted]
     right = (logits.argmax(-1) == target)[answer].cpu().numpy()
