@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -9,6 +11,14 @@ from transformers import LlavaForConditionalGeneration
 from .batches import IGNORED, Packed
 from .scenes import PATCHES
 from .tokenizer import SPECIAL, USER
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Attention of question tokens to image tokens, ``[b, t, k]``: early layers and middle ones."""
+
+    words: Tensor
+    answers: Tensor
 
 
 def block_mask(block: Tensor, prefix: int) -> Tensor:
@@ -52,7 +62,7 @@ def run_llm(
     kept: Tensor,
     packed: Packed,
     contiguous: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Looks | None]:
     """Predict every answer.
 
     Args:
@@ -63,8 +73,8 @@ def run_llm(
         contiguous: see `position_ids`.
 
     Returns:
-        Logits ``[targets, vocabulary]`` float32, target ids ``[targets]``, and where the answering
-        tokens look in the middle layers, ``[questions, k]`` (empty without eager attention).
+        Logits ``[targets, vocabulary]`` float32, target ids ``[targets]``, and where the question
+        looks (None without eager attention).
     """
     embed = model.get_input_embeddings()
     user = torch.full_like(kept[:, :1], SPECIAL.index(USER))
@@ -79,26 +89,27 @@ def run_llm(
     )
     wanted = packed.target != IGNORED
     answers = out.last_hidden_state[:, 1 + kept.shape[1] :][wanted]
-    looks = answers.new_zeros(0)
+    looks = None
     if pointing:
-        looks = pointers(out.attentions, packed.answer, kept.shape[1])
+        middle, k = len(out.attentions) // 2, kept.shape[1]
+        looks = Looks(
+            words=looks_at(out.attentions, range(max(1, middle - 3), middle - 1), k),
+            answers=looks_at(out.attentions, range(middle, middle + 2), k),
+        )
     return model.lm_head(answers).float(), packed.target[wanted], looks
 
 
-def pointers(attentions: tuple[Tensor, ...], answering: Tensor, k: int) -> Tensor:
-    """Attention of the answering tokens to the image, in the two middle layers.
+def looks_at(attentions: tuple[Tensor, ...], layers: range, k: int) -> Tensor:
+    """How much each question token looks at each image token.
 
     Args:
         attentions: per layer ``[b, heads, n, n]``.
-        answering: ``[b, t]`` bool, the tokens that predict an answer.
+        layers: those to average over.
         k: number of image tokens.
 
     Returns:
-        ``[questions, k]`` mean over the layers and the first half of the heads.
+        ``[b, t, k]`` mean over the layers and the first half of the heads.
     """
-    middle = len(attentions) // 2
-    rows = []
-    for attention in attentions[middle : middle + 2]:
-        heads = attention[:, : attention.shape[1] // 2, 1 + k :, 1 : 1 + k]
-        rows.append(heads.float().mean(dim=1)[answering])
+    half = attentions[0].shape[1] // 2
+    rows = [attentions[i][:, :half, 1 + k :, 1 : 1 + k].float().mean(dim=1) for i in layers]
     return torch.stack(rows).mean(dim=0)

@@ -102,21 +102,44 @@ def object_mass(attention: Tensor, share: Tensor) -> Tensor:
     return (attention[:, 1:] * (share >= OBJECT_SHARE)).sum(1).mean()
 
 
-def pointing_loss(looks: Tensor, packed: Packed, kept: Tensor) -> Tensor:
-    """Cross entropy of where the answering tokens look with where the asked objects are.
+def _look_there(looks: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of attention ``[n, k]`` with wanted places ``[n, k]``; empty rows are left out.
 
     Args:
-        looks: ``[questions, k]`` attention to the image tokens.
-        packed: the questions.
-        kept: ``[b, k]`` patch indices.
+        looks: attention to the image tokens.
+        target: non-negative weights of the places.
     """
-    where = packed.answer.nonzero()
-    block = packed.block[packed.answer]
-    target = packed.asked[where[:, 0], block].gather(1, kept[where[:, 0]])
     mass = target.sum(1, keepdim=True)
     there = mass[:, 0] > 0
     each = -(target / mass.clamp(min=_EPSILON) * (looks + 1e-4).log()).sum(1)
     return (each * there).sum() / there.sum().clamp(min=1)
+
+
+def answer_pointing_loss(looks: Tensor, packed: Packed, kept: Tensor) -> Tensor:
+    """Where the answering tokens look ``[b, t, k]``, against where the asked objects are."""
+    row = packed.answer.nonzero()[:, 0]
+    target = packed.asked[row, packed.block[packed.answer]].gather(1, kept[row])
+    return _look_there(looks[packed.answer], target)
+
+
+def word_pointing_loss(
+    looks: Tensor, packed: Packed, labels: dict[str, Tensor], codes: Codes
+) -> Tensor:
+    """Where colour and shape words look ``[b, t, k]``, against the patches that show them.
+
+    Args:
+        looks: attention of the question tokens to the kept patches.
+        packed: the questions.
+        labels: of the kept patches, ``[b, k]`` each.
+        codes: knows the words' ids.
+    """
+    total = looks.new_zeros(())
+    for kind in ("colour", "shape"):
+        named = packed.ids[..., None] == codes.ids[kind].to(packed.ids.device)
+        row, token, word = named.nonzero(as_tuple=True)
+        target = (labels[kind][row] == word[:, None]).float()
+        total = total + _look_there(looks[row, token], target)
+    return total
 
 
 def answer_loss(logits: Tensor, target: Tensor, packed: Packed) -> Tensor:

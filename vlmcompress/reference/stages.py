@@ -14,7 +14,7 @@ from . import losses
 from .batches import Batch, Encoder, Packed, make_batch
 from .codes import Codes
 from .labels import CLS_LABELS
-from .language import run_llm
+from .language import Looks, run_llm
 from .model import Shape, TowerStates, build_model, run_tower
 from .questions import ANSWERS, KINDS
 from .scenes import PATCHES, Split
@@ -166,6 +166,16 @@ class Stage:
         metrics["contrast"] = contrast
         return total + 0.1 * contrast, metrics
 
+    def _pointing(
+        self, looks: Looks, packed: Packed, kept: Tensor, labels: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Weighted losses that teach the language model where to look."""
+        labels = {k: labels[k].to(kept.device) for k in ("colour", "shape")}
+        words = losses.word_pointing_loss(looks.words, packed, labels, self.trainee.codes)
+        answers = losses.answer_pointing_loss(looks.answers, packed, kept)
+        seen = {"pointing": answers.item(), "word_pointing": words.item()}
+        return _POINTING * (answers + words), seen
+
     def _count(self, logits: Tensor, target: Tensor, packed: Packed, update: bool) -> dict:
         wanted = packed.target != -100
         answer, kind = packed.answer[wanted], packed.kind[wanted]
@@ -231,9 +241,9 @@ class LanguageStage(Stage):
         packed = batch.packed.to(tokens.device)
         logits, target, looks = run_llm(trainee.model, tokens, kept, packed, contiguous)
         metrics = self._count(logits, target, packed, update=True)
-        pointing = losses.pointing_loss(looks, packed, kept)
-        metrics["pointing"] = pointing.item()
-        return losses.answer_loss(logits, target, packed) + _POINTING * pointing, metrics
+        here = losses.kept_labels(batch.labels, kept.cpu())
+        pointing, seen = self._pointing(looks, packed, kept, here)
+        return losses.answer_loss(logits, target, packed) + pointing, {**metrics, **seen}
 
     @staticmethod
     def _keep(batch: Batch, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, bool]:
@@ -292,7 +302,9 @@ class JointStage(Stage):
         metrics[f"answers_{how}"] = answers["answers"]
         total = 0.25 * total + losses.answer_loss(logits, target, packed)
         if how != "random":  # a random choice may have lost what there is to look at
-            total = total + _POINTING * losses.pointing_loss(looks, packed, kept)
+            here = losses.kept_labels(batch.labels, kept.cpu())
+            pointing, seen = self._pointing(looks, packed, kept, here)
+            total, metrics = total + pointing, {**metrics, **seen}
         return total, metrics
 
     @staticmethod
