@@ -158,7 +158,7 @@ class _Run:
         for name, keep in self.plan.runs():
             method = self.plan.methods[name] or oracle(name, samples)
             handle.set(method=recording.method(method), keep=keep, seed=self.seed + index)
-            with recording.replayed():
+            with recording.replayed(method):
                 self._note((name, keep), self._ask(inputs), samples)
         self.done += len(samples)
 

@@ -12,16 +12,19 @@ model's own path, with idle hooks on it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from eval_harness import flops, machine
-from eval_harness.clock import Clock
+from eval_harness.clock import Clock, ClockKind
+from eval_harness.rounds import Sample, Side, against_floor, evidence, interleave, timings
 from eval_harness.stages import Parts, Trace, parts, timed_call, traced
 from vlmcompress.core.errors import ConfigError
 
@@ -29,16 +32,13 @@ DEFAULT = ("vtc_cls", 0.1)
 """The configuration whose floor ratio stands at the top of the results."""
 
 _NO_EVIDENCE = "uniform"  # a method that looks at nothing
-_STAGES = ("tower", "selection", "connector", "prefill")
 _DECODE_REPEATS = 3
 
 Keep: TypeAlias = float | int | str
-Sample: TypeAlias = dict[str, float]
-Side: TypeAlias = Callable[[], Sample]
 
 
 def bench(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: dict[str, Tensor],
     configs: Sequence[tuple[str, Keep]],
     *,
@@ -46,6 +46,7 @@ def bench(
     warmup: int = 2,
     new_tokens: int = 16,
     progress: Callable[[str], None] | None = None,
+    clock: ClockKind = "wall",
 ) -> dict[str, Any]:
     """Time each configuration against the unpatched model.
 
@@ -57,6 +58,8 @@ def bench(
         warmup: rounds that are thrown away.
         new_tokens: length of the generation that TPOT is taken from; below 2 it is not measured.
         progress: called with a line of text now and then.
+        clock: `wall`, or `cpu` for processor time, which a busy machine disturbs less (one thread,
+            on CPU; what `reported` holds is wall time all the same).
 
     Returns:
         JSON-ready: `machine`, `protocol`, `floor_ratio` (of `DEFAULT`; None when it is not among
@@ -74,16 +77,22 @@ def bench(
     from vlmcompress import patch
 
     say = progress or (lambda line: None)
+    timer, found = Clock(model.device, clock), parts(model)
     rows = []
     with patch(model, configs[0][0], keep=configs[0][1]) as handle:
         for method, keep in configs:
             say(f"{method} at keep {keep}")
-            one = _Bench(model, inputs, handle, Clock(model.device), parts(model), method, keep)
+            one = _Bench(model, inputs, handle, timer, found, method, keep)
             rows.append(one.run(repeats, warmup, new_tokens))
             say(f"{method} at keep {keep}: floor ratio {rows[-1]['floor_ratio']:.3f}")
     return {
         "machine": machine.describe(model),
-        "protocol": {"repeats": repeats, "warmup": warmup, "new_tokens": new_tokens},
+        "protocol": {
+            "repeats": repeats,
+            "warmup": warmup,
+            "new_tokens": new_tokens,
+            "clock": clock,
+        },
         "floor_ratio": next(
             (r["floor_ratio"] for r in rows if (r["method"], r["keep"]) == DEFAULT), None
         ),
@@ -111,12 +120,12 @@ class _Bench:
         return {
             "method": self.method,
             "keep": self.keep,
-            **_timings(samples),
-            **_against_floor(samples),
-            "evidence": _evidence(samples),
+            **timings(samples),
+            **against_floor(samples),
+            "evidence": evidence(samples),
             "tpot": tpot["method"],
             **after.facts,
-            "baseline": {**_timings(samples, "baseline"), "tpot": tpot["baseline"], **before.facts},
+            "baseline": {**timings(samples, "baseline"), "tpot": tpot["baseline"], **before.facts},
         }
 
     def _prefill(self) -> Any:
@@ -137,9 +146,10 @@ class _Bench:
         }
         return _Probe(facts, trace.embeddings)
 
-    def _patched(self) -> Any:
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
         self.handle.set(method=self.method, keep=self.keep)
-        return torch.no_grad()
+        yield
 
     def _image_tokens(self) -> int:
         return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
@@ -228,27 +238,6 @@ class _Probe:
     embeddings: Tensor
 
 
-def interleave(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, list[Sample]]:
-    """Run every side once per round, each second round in reverse order (ABBA).
-
-    Returns:
-        {side: [sample of round 0, ...]} without the warm-up rounds.
-    """
-    samples: dict[str, list[Sample]] = {name: [] for name in sides}
-    for turn in range(-warmup, repeats):
-        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-            sample = sides[name]()
-            if turn >= 0:
-                samples[name].append(sample)
-    return samples
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, 90th percentile and minimum."""
-    p90 = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
-    return {"median": median(values), "p90": p90, "min": min(values)}
-
-
 def kv_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a transformers cache holds."""
     return sum(
@@ -257,51 +246,3 @@ def kv_bytes(cache: Any) -> int:
         for values in (layer.keys, layer.values)
         if values is not None
     )
-
-
-def _timings(samples: dict[str, list[Sample]], side: str = "method") -> dict[str, Any]:
-    rows = samples[side]
-    found: dict[str, Any] = {
-        "ttft": summary([row["ttft"] for row in rows]),
-        "stages": {stage: median(row[stage] for row in rows) for stage in _STAGES},
-    }
-    reported = sorted({key for row in rows for key in row if key.startswith("reported_")})
-    if side == "method":
-        found["reported"] = {
-            key.removeprefix("reported_"): median(row[key] for row in rows if key in row)
-            for key in reported
-        }
-    return found
-
-
-def _against_floor(samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    method = [row["ttft"] for row in samples["method"]]
-    tower = [row["seconds"] for row in samples["tower_alone"]]
-    prefill = [row["seconds"] for row in samples["prefill_alone"]]
-    baseline = [row["ttft"] for row in samples["baseline"]]
-    rounds = list(zip(method, tower, prefill, strict=True))
-    return {
-        "floor_ratio": median(ttft / (alone + short) for ttft, alone, short in rounds),
-        "speedup": median(b / m for b, m in zip(baseline, method, strict=True)),
-        "tower_alone": summary(tower),
-        "prefill_alone": summary(prefill),
-    }
-
-
-def _evidence(samples: dict[str, list[Sample]]) -> dict[str, float | None] | None:
-    """What looking at the tower costs: with it minus without it, round by round."""
-    if "no_evidence" not in samples:
-        return None
-    on = [row["tower"] for row in samples["method"]]
-    off = [row["tower"] for row in samples["no_evidence"]]
-    reported = [row.get("reported_evidence") for row in samples["method"]]
-    direct = None if None in reported else median(reported)
-    pairs = list(zip(on, off, strict=True))
-    return {
-        "tower_on": median(on),
-        "tower_off": median(off),
-        "difference": median(a - b for a, b in pairs),
-        "share_of_tower": median((a - b) / b for a, b in pairs),
-        "reported": direct,
-        "reported_share_of_tower": None if direct is None else direct / median(off),
-    }

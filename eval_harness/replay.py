@@ -128,8 +128,15 @@ class Recording:
         return Remembering(method, self.evidence, self.images, depth(self.tower))
 
     @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Calls of the tower return the recorded output in the body of the `with`."""
+    def replayed(self, method: Any = None) -> Iterator[None]:
+        """Calls of the tower return the recorded output in the body of the `with`.
+
+        Args:
+            method: what is applied; one that acts inside the tower gets the tower itself.
+        """
+        if getattr(method, "stage", "") == "tower":
+            yield
+            return
         before = self.tower.__dict__.get("forward")
         # The caller may write into the output, so each call gets a new one.
         self.tower.__dict__["forward"] = lambda *args, **kwargs: _copy(self.output)
@@ -149,7 +156,7 @@ class NoRecording:
         """The method itself."""
         return method
 
-    def replayed(self) -> Any:
+    def replayed(self, method: Any = None) -> Any:
         """An empty context."""
         return nullcontext()
 
@@ -173,8 +180,11 @@ def record(
         needs: the evidence to keep.
 
     Returns:
-        The recording, or `NoRecording` for towers whose output is not one row per image.
+        The recording, or `NoRecording` for models whose inputs or tower output are not one row per
+        image.
     """
+    if any(len(value) != len(images) for value in batch.values()):
+        return NoRecording()
     first = torch.stack([(images == i).nonzero()[0, 0] for i in range(int(images.max()) + 1)])
     unique = {name: value[first.to(value.device)] for name, value in batch.items()}
     outputs: list[Any] = []
@@ -202,9 +212,9 @@ def depth(tower: nn.Module) -> int:
 
 
 def _one_row_per_image(output: Any, images: int) -> bool:
-    rows: list[int] = []
-    _map(output, lambda x: rows.append(x.shape[0]) or x)
-    return set(rows) == {images}
+    seen: set[int] = set()
+    _map(output, lambda x: seen.add(x.shape[0]))
+    return seen == {images}
 
 
 def _copy(output: Any) -> Any:

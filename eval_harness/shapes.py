@@ -158,14 +158,14 @@ def example_inputs(
         [1, n + text_tokens].
     """
     generator = torch.Generator().manual_seed(seed)
-    side = model.config.vision_config.image_size
+    tower: Any = model.config.vision_config
     image = model.config.image_token_id
     text = torch.randint(_FIRST_TEXT, image, (text_tokens,), generator=generator)
     text[0] = _BOS
     before = min(text_tokens - 1, max(1, text_tokens // 2))
     placeholders = torch.full((model.config.image_seq_length,), image)
     ids = torch.cat([text[:before], placeholders, text[before:]])[None]
-    pixels = torch.randn(1, 3, side, side, generator=generator)
+    pixels = torch.randn(1, 3, tower.image_size, tower.image_size, generator=generator)
     return {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids).to(model.device),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
-from eval_harness import bench, latency, shapes
+from eval_harness import bench, latency, rounds, shapes
 from eval_harness.clock import Clock
 from eval_harness.stages import parts, timed_call
 from vlmcompress.core.errors import ConfigError, UnsupportedModelError
@@ -27,15 +28,15 @@ def results(model):
 def test_rounds_alternate():
     order = []
     sides = {name: lambda name=name: order.append(name) or {"t": 1.0} for name in "ab"}
-    samples = latency.interleave(sides, repeats=4, warmup=2)
+    samples = rounds.interleave(sides, repeats=4, warmup=2)
     assert "".join(order) == "abba" * 3
     assert [len(rows) for rows in samples.values()] == [4, 4]
 
 
 def test_summary():
-    found = latency.summary([float(i) for i in range(11)])
+    found = rounds.summary([float(i) for i in range(11)])
     assert found == {"median": 5.0, "p90": 9.0, "min": 0.0}
-    assert latency.summary([2.0]) == {"median": 2.0, "p90": 2.0, "min": 2.0}
+    assert rounds.summary([2.0]) == {"median": 2.0, "p90": 2.0, "min": 2.0}
 
 
 def test_stages_add_up_and_hooks_are_gone(model):
@@ -62,6 +63,13 @@ def test_kv_bytes_of_a_real_cache(model):
     assert latency.kv_bytes(cache) == 2 * layers * heads * head_dim * 100 * float32
 
 
+def test_processor_time_stands_still_while_sleeping():
+    wall, cpu = (Clock("cpu", kind).time(lambda: time.sleep(0.05)) for kind in ("wall", "cpu"))
+    assert cpu < wall
+    with pytest.raises(ConfigError, match="wall"):
+        Clock("cpu", "sun")
+
+
 def test_models_without_a_tower():
     with pytest.raises(UnsupportedModelError, match="no tower"):
         parts(torch.nn.Linear(1, 1))
@@ -75,7 +83,8 @@ def test_no_configurations(model):
 def test_results_are_json(results):
     assert json.loads(json.dumps(results)) == results
     assert results["floor_ratio"] == results["configs"][0]["floor_ratio"] > 0
-    assert results["protocol"] == {"repeats": 2, "warmup": 1, "new_tokens": 3}
+    protocol = {"repeats": 2, "warmup": 1, "new_tokens": 3, "clock": "wall"}
+    assert results["protocol"] == protocol
 
 
 def test_machine_is_described(results):
