@@ -182,8 +182,9 @@ class _FullIdsProcessor(LogitsProcessor):
     def __init__(self, processor: Any, expand: Callable[[Tensor], Tensor]) -> None:
         self._processor, self._expand = processor, expand
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return self._processor(self._expand(input_ids), scores, **kwargs)  # type: ignore[no-any-return]
+    # transformers reads this signature and takes further parameters for required ones.
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._processor(self._expand(input_ids), scores)  # type: ignore[no-any-return]
 
 
 class _FullIdsCriteria(StoppingCriteria):

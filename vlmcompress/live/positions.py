@@ -85,4 +85,5 @@ def next_position(positions: Tensor | None, placement: Placement) -> Tensor | No
     last = torch.where(placement.valid, columns, -1).amax(1)
     rows = positions.expand(placement.index.shape[0], -1) if positions.ndim == 2 else positions
     at_last = rows.gather(-1, last.expand(rows.shape[:-1])[..., None])[..., 0]
-    return (at_last if at_last.ndim == 1 else at_last.amax(0)) + 1
+    # Of M-RoPE's four rows in `generate` the first counts text columns and rotates nothing.
+    return (at_last if at_last.ndim == 1 else at_last[-3:].amax(0)) + 1

@@ -1,0 +1,1 @@
+"""Tests of the seam between a live model and its compression."""
