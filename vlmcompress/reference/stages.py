@@ -23,7 +23,8 @@ from .simulate import simulate_tokens
 from .text_head import TextHead, contrastive_loss
 
 CLS_LAYERS = (-4, -3, -2, -1)
-_POINTING = 0.2  # weight of looking at the asked objects
+_POINTING = 0.5  # weight of answers looking at the asked objects
+_WORD_POINTING = 0.2  # weight of words looking at what they name
 _CHEAP = 64  # patches of a cheap tower step
 _CHANCE = np.array([1 / (2 if kind == "relation" else len(ANSWERS[kind])) for kind in KINDS])
 _SEEDS = 10**9  # scene indices of a stage: far from those of the others
@@ -174,7 +175,7 @@ class Stage:
         words = losses.word_pointing_loss(looks.words, packed, labels, self.trainee.codes)
         answers = losses.answer_pointing_loss(looks.answers, packed, kept)
         seen = {"pointing": answers.item(), "word_pointing": words.item()}
-        return _POINTING * (answers + words), seen
+        return _POINTING * answers + _WORD_POINTING * words, seen
 
     def _count(self, logits: Tensor, target: Tensor, packed: Packed, update: bool) -> dict:
         wanted = packed.target != -100
@@ -224,8 +225,9 @@ class LanguageStage(Stage):
     name = "language"
     rates: ClassVar = {
         "model.model.language_model.embed_tokens": 0.0,
-        "model.model.language_model": 1.5e-3,
+        "model.model.language_model": 2e-3,
     }
+    last_rate = 0.5  # the joint stage goes on from here
     offset = 2
     per_scene = 14
 

@@ -13,7 +13,8 @@ from .checkpoint import read_state
 from .model import Shape
 from .worker import Job, run_job
 
-APART = 0.3  # share of the time that tower and language model learn apart
+APART = 0.28  # share of the time that tower and language model learn apart
+DRILL = 0.12  # then the language model alone, on all cores: it is the slower learner
 _BATCH = {"tower": 16, "language": 8, "joint": 8}
 # Threads that wait must sleep (the cores are shared), and big buffers must be kept (page faults
 # took a quarter of a step).
@@ -38,15 +39,19 @@ def _jobs(
             "steps": max(1, round(steps * share)) if steps else None,
         }
 
+    joint = 1 - APART - DRILL
     if processes == 1:
-        shares = {"tower": APART / 2, "language": APART / 2, "joint": 1 - APART}
+        shares = {"tower": APART / 2, "language": APART / 2 + DRILL, "joint": joint}
         return [[Job(stage=s, **budget(share), **common)] for s, share in shares.items()]
+
+    def together(stage: str, share: float) -> list[Job]:
+        return [
+            Job(stage=stage, rank=rank, world=processes, **budget(share), **common)
+            for rank in range(processes)
+        ]
+
     apart = [Job(stage=s, **budget(APART), **common) for s in ("tower", "language")]
-    together = [
-        Job(stage="joint", rank=rank, world=processes, **budget(1 - APART), **common)
-        for rank in range(processes)
-    ]
-    return [apart, together]
+    return [apart, together("language", APART + DRILL), together("joint", joint)]
 
 
 def _done(job: Job) -> bool:
