@@ -83,6 +83,7 @@ def evaluate(
         raise ConfigError("evaluate needs at least one sample.")
     from vlmcompress import patch
 
+    where = machine.describe(model)
     run = _Run(model, processor, plan, seed, new_tokens, reuse_tower)
     with patch(model, "uniform", keep=1, positions=positions, processor=processor) as handle:
         for index, batch in enumerate(_batches(asked, batch_size)):
@@ -93,8 +94,8 @@ def evaluate(
         **_results(asked, plan, run.right, seed),
         "seed": seed,
         "positions": positions,
-        "commit": machine.commit(),
-        "machine": machine.describe(model),
+        "commit": where["commit"],
+        "machine": where,
     }
 
 

@@ -78,6 +78,7 @@ def bench(
 
     say = progress or (lambda line: None)
     timer, found = Clock(model.device, clock), parts(model)
+    where = machine.describe(model)
     rows = []
     with patch(model, configs[0][0], keep=configs[0][1]) as handle:
         for method, keep in configs:
@@ -86,7 +87,7 @@ def bench(
             rows.append(one.run(repeats, warmup, new_tokens))
             say(f"{method} at keep {keep}: floor ratio {rows[-1]['floor_ratio']:.3f}")
     return {
-        "machine": machine.describe(model),
+        "machine": where,
         "protocol": {
             "repeats": repeats,
             "warmup": warmup,
