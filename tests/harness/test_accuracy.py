@@ -15,6 +15,7 @@ from eval_harness.accuracy import is_right
 from eval_harness.controls import oracle
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
+from vlmcompress.methods import registry
 from vlmcompress.reference import samples
 from vlmcompress.reference.tokenizer import build_processor
 
@@ -93,8 +94,9 @@ def test_reused_tower_changes_no_answer(monkeypatch, model, processor, asked):
     monkeypatch.setattr(
         accuracy, "is_right", lambda answer, _: zlib.crc32(answer.encode()) % 2 == 0
     )
-    first = _evaluate(model, processor, asked)
-    again = _evaluate(model, processor, asked, reuse_tower=False)
+    options = {"methods": [*registry.names(), "oracle_asked"], "keeps": [0.1]}
+    first = _evaluate(model, processor, asked, **options)
+    again = _evaluate(model, processor, asked, **options, reuse_tower=False)
     assert again["by_kind_at"] == first["by_kind_at"]
     means = {name: row["mean"] for name, row in first["accuracy"]["0.1"].items()}
     assert len(set(means.values())) > 1
