@@ -1,0 +1,117 @@
+"""Puts measured tables and pictures into README.md and docs/, between their markers.
+
+`python scripts/readme.py --demo demo` first takes over what `vlmcompress demo` wrote; without it
+the tables are made again from the results that lie in docs/assets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vlmcompress.demo import accuracy_rows, cost_rows
+from vlmcompress.doctor import families_table
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "docs" / "assets"
+
+
+def insert(document: str, region: str, content: str) -> str:
+    """`document` with new content between the markers of a region.
+
+    Raises:
+        ValueError: when a marker is missing.
+    """
+    begin, end = f"<!-- {region}:begin -->", f"<!-- {region}:end -->"
+    head, found, rest = document.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"The document needs the markers {begin} and {end}.")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def accuracy_region(results: dict[str, Any]) -> str:
+    """The table method x keep of the demonstration and where it comes from."""
+    header, rows = accuracy_rows(results)
+    rows = [[f"`{row[0]}`", *row[1:]] for row in rows] + cost_rows(results)
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"Accuracy in % (95 % interval) of the small model that ships with the library on "
+        f"{results['n']} questions about held-out drawn scenes; {100 * results['blind']:.1f} "
+        f"without the image. TTFT is the time to the first token with `{results['method']}`. "
+        f"{_source('docs/assets/results.json', results['machine'], 'make readme')}"
+    )
+
+
+def bench_region(results: dict[str, Any]) -> str:
+    """What `vlmcompress bench` measured and where it comes from."""
+    header = ["", "keep", "tokens", "TTFT ms", "KV MiB", "speed-up", "floor ratio"]
+    first = results["configs"][0]["baseline"]
+    rows = [["unpatched", "", *_costs(first), "", ""]]
+    for row in results["configs"]:
+        ratios = [f"{row['speedup']:.2f}", f"{row['floor_ratio']:.3f}"]
+        rows.append([f"`{row['method']}`", str(row["keep"]), *_costs(row), *ratios])
+    machine = results["machine"]
+    what = f"`{machine['shape']}` in {machine['dtype']}, random weights, medians of "
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"{what}{results['protocol']['repeats']} interleaved rounds. "
+        f"{_source('docs/assets/bench.json', machine, 'make results')}"
+    )
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    milliseconds, mebibytes = 1000 * row["ttft"]["median"], row["kv_bytes"] / 2**20
+    return [str(row["tokens"]), f"{milliseconds:.1f}", f"{mebibytes:.2f}"]
+
+
+def _source(path: str, machine: dict[str, Any], command: str) -> str:
+    device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    return (
+        f"From [{path}]({path}) (`{command}`): commit {machine['commit'] or 'unknown'}, "
+        f"{versions}, {device}, {machine['threads']} threads."
+    )
+
+
+def documents() -> dict[Path, str]:
+    """Every page with generated regions, made anew from the results files that exist."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    for region, file, make in (
+        ("table", ASSETS / "results.json", accuracy_region),
+        ("bench", ASSETS / "bench.json", bench_region),
+    ):
+        if file.exists():
+            readme = insert(readme, region, make(json.loads(file.read_text(encoding="utf-8"))))
+    table = families_table()
+    return {
+        ROOT / "README.md": insert(readme, "families", table),
+        ROOT / "docs" / "families.md": insert(families, "families", table),
+    }
+
+
+def main() -> None:
+    """Take over a demonstration, if asked to, and write the pages."""
+    parser = argparse.ArgumentParser(description="Put measured tables and pictures into the docs.")
+    parser.add_argument("--demo", type=Path, help="folder that `vlmcompress demo` wrote")
+    folder = parser.parse_args().demo
+    if folder is not None:
+        ASSETS.mkdir(parents=True, exist_ok=True)
+        for name in ("kept.png", "curve.png", "results.json"):
+            shutil.copy(folder / name, ASSETS / name)
+    for path, content in documents().items():
+        path.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""`vlmcompress generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlmcompress.cli.output import Json, emit, progress
+from vlmcompress.cli.values import REFERENCE, keep_of, load
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmcompress import Handle
+
+
+def generate(
+    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A picture.")],
+    prompt: Annotated[str, typer.Option(help="What to ask about it.")],
+    model: Annotated[str, typer.Option(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    method: Annotated[
+        str | None, typer.Option(help="A method or a spec such as 'vtc_cls:0.25'.")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write the picture with the dropped patches dimmed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model about a picture. Without --method and --keep nothing is compressed."""
+    picture = _open(image)
+    budget = None if keep is None else keep_of(keep)
+    if overlay is not None and method is None and budget is None:
+        raise typer.BadParameter("An overlay needs --method or --keep.", param_hint="--overlay")
+    with progress("loading"):
+        loaded, processor = load(model, dtype, device)
+    results: dict[str, Any] = {"model": model, "method": None, "keep": None}
+    if method is None and budget is None:
+        answer = _ask(loaded, processor, picture, prompt, max_new_tokens)
+        emit({**results, "answer": answer}, answer, as_json)
+        return
+    from vlmcompress import patch
+
+    with patch(loaded, method, keep=budget, processor=processor) as handle:
+        answer = _ask(loaded, processor, picture, prompt, max_new_tokens)
+        results |= {"keep": budget, "answer": answer, **_facts(handle)}
+        if overlay is not None:
+            handle.overlay(picture).save(overlay)
+    emit(results, f"{answer}\n\n{results['report']}", as_json)
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def _ask(model: Any, processor: Any, picture: Image, prompt: str, new_tokens: int) -> str:
+    text = prompt
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[picture], return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    answer: str = processor.batch_decode(new, skip_special_tokens=True)[0]
+    return answer.strip()
+
+
+def _facts(handle: Handle) -> dict[str, Any]:
+    last = handle.last
+    if last is None:  # every call with an image leaves a record
+        return {"report": str(handle.report)}
+    return {
+        "method": last.method,
+        "positions": last.positions,
+        "tokens_before": list(last.tokens_before),
+        "tokens_after": list(last.tokens_after),
+        "seconds": dict(last.times),
+        "report": str(handle.report),
+    }

@@ -1,0 +1,117 @@
+"""Options of the command line as the values that the library takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlmcompress.core.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+REFERENCE = "reference"
+"""The name under which every command finds the model that ships with the library."""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def keep_of(text: str) -> float | int | str:
+    """`0.1` is a fraction, `64` a count, `auto` is decided per image.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text == "auto":
+        return text
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ConfigError(
+            f"keep is {text!r}; allowed are a fraction such as 0.1, a count such as 64 and auto."
+        ) from None
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list.
+
+    Raises:
+        ConfigError: when it is empty.
+    """
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise ConfigError(f"{text!r} is an empty list; separate values by commas.")
+    return found
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A torch type by its name.
+
+    Raises:
+        ConfigError: for an unknown one.
+    """
+    import torch
+
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype is {name!r}; allowed are {', '.join(_DTYPES)}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def device_of(name: str) -> torch.device:
+    """A torch device; `auto` is the GPU where there is one.
+
+    Raises:
+        ConfigError: for an unknown one, or CUDA where there is none.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r} and torch sees no GPU; use cpu or auto.")
+    return device
+
+
+def location(model: str) -> str:
+    """The folder or hub id that `model` stands for.
+
+    Raises:
+        UnsupportedModelError: when the reference model's weights are not there.
+    """
+    if model != REFERENCE:
+        return model
+    from vlmcompress.reference import weights
+
+    if not (weights.WEIGHTS_DIR / "config.json").exists():
+        raise UnsupportedModelError(
+            f"The reference model has no weights in {weights.WEIGHTS_DIR}; train them with "
+            "`vlmcompress reference train` or name another model."
+        )
+    return str(weights.WEIGHTS_DIR)
+
+
+def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any, Any]:
+    """A model in evaluation mode and its processor.
+
+    Args:
+        model: a folder, a hub id or `reference`.
+        dtype: `auto` takes the checkpoint's.
+        device: where the model goes.
+
+    Raises:
+        UnsupportedModelError: when transformers cannot load it.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    where, target = location(model), device_of(device)
+    kind = "auto" if dtype == "auto" else dtype_of(dtype)
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+        processor = AutoProcessor.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{model!r} cannot be loaded: {error}") from error
+    return loaded.to(target).eval(), processor
