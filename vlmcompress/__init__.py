@@ -2,7 +2,7 @@
 
 ```python
 from vlmcompress import patch
-handle = patch(model, keep=0.1)     # 576 visual tokens become 58; model.generate is called as before
+handle = patch(model, keep=0.1)   # 576 visual tokens become 58; model.generate stays as it was
 ```
 """
 

@@ -25,14 +25,16 @@ def draw_overlay(image: Image, record: CallRecord, unit: int, processor: Any = N
         image: the picture the processor was given.
         record: the call.
         unit: which of its images this was.
-        processor: where it crops or pads, the picture is drawn as the tower saw it; without a processor the
-            token grid is laid over the whole picture.
+        processor: where it crops or pads, the picture is drawn as the tower saw it; without a
+            processor the token grid is laid over the whole picture.
     """
     from PIL import Image as Images
 
     view = as_seen(image, processor)
     seen = seen_patches(record, unit)
-    mask = Images.fromarray((seen.numpy() * 255).astype("uint8")).resize(view.size, Images.Resampling.NEAREST)
+    mask = Images.fromarray((seen.numpy() * 255).astype("uint8")).resize(
+        view.size, Images.Resampling.NEAREST
+    )
     grey = Images.new("RGB", view.size, (round(255 * GREY),) * 3)
     return Images.composite(view, Images.blend(grey, view, DIM), mask)
 
@@ -46,7 +48,9 @@ def seen_patches(record: CallRecord, unit: int) -> Tensor:
     h, w = record.grids[unit]
     n = record.tokens_before[unit]
     if h * w != n:
-        raise UnsupportedInputError(f"Image {unit} has {n} tokens that lie on no grid; it cannot be drawn.")
+        raise UnsupportedInputError(
+            f"Image {unit} has {n} tokens that lie on no grid; it cannot be drawn."
+        )
     assignment = record.assignments[unit]
     if assignment is None:
         return torch.ones(h, w, dtype=torch.bool)
@@ -54,7 +58,7 @@ def seen_patches(record: CallRecord, unit: int) -> Tensor:
 
 
 def as_seen(image: Image, processor: Any) -> Image:
-    """The picture as the tower saw it: cropped or padded like the processor does, not normalised."""
+    """The picture as the tower saw it: cropped or padded as by the processor, not normalised."""
     from PIL import Image as Images
 
     image = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Which (family, method) pairs the exactness tests run, and which equalities a pair is exempt from."""
+"""Which (family, method) pairs the exactness tests run, and what pairs are exempt from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ MERGERS = {"pool"}
 
 #: (method, family, reason): equalities that cannot exist. Printed in docs/how-it-works.md.
 EXEMPT: tuple[tuple[str, str, str], ...] = (
-    ("pool", "*", "drop = mask: a mean of tokens is no subset of them; the hand-cut forward is compared instead"),
+    (
+        "pool",
+        "*",
+        "drop = mask: a mean of tokens is no subset of them; the hand-cut forward is compared "
+        "instead",
+    ),
 )
 
 CLS_FAMILIES = ("llava", "vipllava")
@@ -32,7 +37,7 @@ def runs_on(method: str, family: str) -> bool:
 
 
 def slices() -> list[tuple[str, str]]:
-    """The crossed slices of `make test`: every method on three families, every family with four methods."""
+    """Slices of `make test`: every method on three families, every family with four methods."""
     own = [("llava", m) for m in names()] + [("vipllava", "vtc_cls")]
     pairs = [(f, m) for f in THREE_FAMILIES for m in names()]
     pairs += [(f, m) for f in FAMILIES for m in (*FOUR_METHODS, "received_attention")]

@@ -19,7 +19,11 @@ ONE = (Prompt(images=1, text=8),)
 
 def greedy(model: Any, new_tokens: int = 5) -> dict[str, Any]:
     """Arguments of a greedy generate that never emits special ids."""
-    return {"max_new_tokens": new_tokens, "do_sample": False, "suppress_tokens": tiny.special_ids(model)}
+    return {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "suppress_tokens": tiny.special_ids(model),
+    }
 
 
 def features(model: Any, call: Mapping[str, Any]) -> list[Tensor]:
@@ -34,7 +38,9 @@ def encode(model: Any, call: Mapping[str, Any]) -> Any:
     return model.base_model.get_image_features(**arguments, return_dict=True)
 
 
-def drop_mask(model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+def drop_mask(
+    model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], lengths: Sequence[int]
+) -> Tensor:
     """[B, L] attention mask of the full prompt with dropped visual tokens set to 0."""
     mask = call["attention_mask"].clone()
     unit, row_in_unit = 0, 0
@@ -64,23 +70,32 @@ def default_positions(model: Any, call: Mapping[str, Any]) -> Tensor:
     return (torch.arange(ids.shape[1]) + start).expand_as(ids)
 
 
-def masked_logits(model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """Logits of the full prompt in which nobody can attend to dropped tokens; positions as uncompressed."""
+def masked_logits(
+    model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """Logits of the full prompt, its positions kept, in which nobody attends to dropped tokens."""
     positions = default_positions(model, call)
     mask = drop_mask(model, call, kept, lengths)
     return model(**{**call, "attention_mask": mask, "position_ids": positions}).logits
 
 
-def cut(model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], short: Sequence[Tensor]) -> dict[str, Any]:
-    """A batch-1 prompt cut by hand: short ids and `short` features per image, positions renumbered."""
+def cut(
+    model: Any, call: Mapping[str, Any], kept: Sequence[Tensor], short: Sequence[Tensor]
+) -> dict[str, Any]:
+    """A batch-1 prompt cut by hand: short ids, `short` features per image, no positions."""
     assert call["input_ids"].shape[0] == 1
     lengths = [len(f) for f in features(model, call)]
-    keep = drop_mask(model, {**call, "attention_mask": torch.ones_like(call["input_ids"])}, kept, lengths)
+    keep = drop_mask(
+        model, {**call, "attention_mask": torch.ones_like(call["input_ids"])}, kept, lengths
+    )
     columns = keep[0].nonzero()[:, 0]
     output = encode(model, call)
     stackable = isinstance(output.pooler_output, Tensor)
     output.pooler_output = torch.stack(list(short)) if stackable else list(short)
-    out = {"input_ids": call["input_ids"][:, columns], "attention_mask": torch.ones(1, len(columns)).long()}
+    out = {
+        "input_ids": call["input_ids"][:, columns],
+        "attention_mask": torch.ones(1, len(columns)).long(),
+    }
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in call:
             out[name] = call[name][:, columns]
@@ -95,7 +110,9 @@ def text_positions_like(model: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     return {"position_ids": torch.arange(length).expand(3, 1, -1)}
 
 
-def row(call: Mapping[str, Any], b: int, image_token_id: int, per_image: int | Sequence[int]) -> dict[str, Any]:
+def row(
+    call: Mapping[str, Any], b: int, image_token_id: int, per_image: int | Sequence[int]
+) -> dict[str, Any]:
     """Row `b` of a padded batch alone, without its padding and with its own images."""
     columns = call["attention_mask"][b].nonzero()[:, 0]
     counts = (call["input_ids"] == image_token_id).sum(1).tolist()

@@ -1,4 +1,4 @@
-"""DESIGN's equalities: keep all = unpatched, drop = mask, batch = singles, remove leaves nothing."""
+"""The equalities: keep all = unpatched, drop = mask, batch = singles, remove leaves nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def test_keeping_all_is_the_unpatched_model_bit_for_bit(models, family, kernel):
 def _traces(model):
     found = []
     for name, module in model.named_modules():
-        found += [(name, key) for key in module.__dict__ if "vlmcompress" in key or key in ("forward", "generate")]
+        found += [
+            (name, key)
+            for key in module.__dict__
+            if "vlmcompress" in key or key in ("forward", "generate")
+        ]
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         found += [(name, h) for group in hooks for h in group.values() if "vlmcompress" in repr(h)]
     return found
@@ -97,14 +101,17 @@ def test_dropping_is_masking(models, family, name):
 def test_contiguous_is_the_hand_cut_prompt(models, family, name):
     model = models(family)
     call = tiny.inputs(model, [tiny.Prompt(images=2, text=7)])
-    with patch(model, method(name), keep=0.25, positions="contiguous", restore_length=False) as handle:
+    with patch(
+        model, method(name), keep=0.25, positions="contiguous", restore_length=False
+    ) as handle:
         got = model(**call).logits
         record = handle.last
         short = list(handle.encode(**call)["image"].pooler_output)
     if name not in matrix.MERGERS:
         full = oracle.features(model, call)
         by_hand = [f[rows] for f, rows in zip(full, record.kept, strict=True)]
-        # Selecting before the connector equals selecting after it, up to the size of a matrix product.
+        # Selecting before the connector equals selecting after it, up to the size of a matrix
+        # product.
         assert max((a - b).abs().max() for a, b in zip(short, by_hand, strict=True)) < 1e-5
     cut = oracle.cut(model, call, record.kept, short)
     want = model(**cut, **oracle.text_positions_like(model, cut)).logits

@@ -39,7 +39,9 @@ def test_the_loss_equals_one_computed_outside_on_restored_logits(model, padding,
     with patch(model, keep=0.25, positions=positions):
         out = model(**call)
     assert out.logits.shape[:2] == call["input_ids"].shape
-    outside = cross_entropy(out.logits[:, :-1].flatten(0, 1), call["labels"][:, 1:].flatten(), ignore_index=-100)
+    outside = cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), call["labels"][:, 1:].flatten(), ignore_index=-100
+    )
     assert torch.isfinite(out.loss)
     assert torch.allclose(out.loss, outside, atol=1e-6)
 
@@ -49,7 +51,9 @@ def test_gradients_reach_tower_and_kept_features(model):
     model.zero_grad()
     with patch(model, keep=0.25):
         model(**call).loss.backward()
-    tower = [p.grad for name, p in model.named_parameters() if "visual" in name or "vision_tower" in name]
+    tower = [
+        p.grad for name, p in model.named_parameters() if "visual" in name or "vision_tower" in name
+    ]
     assert sum(g is not None and bool(g.abs().sum() > 0) for g in tower) > len(tower) // 2
     model.zero_grad()
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from tests import tiny
@@ -36,14 +41,20 @@ def test_lengths_count_the_callers_prompt(model, call):
         config = GenerationConfig(max_length=length + 4, min_length=length + 4, do_sample=False)
         assert model.generate(**call, generation_config=config).shape[1] == length + 4
         assert config.max_length == length + 4, "the caller's configuration was changed"
-        assert model.generate(**call, **banned, max_new_tokens=3, min_new_tokens=3).shape[1] == length + 3
+        assert (
+            model.generate(**call, **banned, max_new_tokens=3, min_new_tokens=3).shape[1]
+            == length + 3
+        )
 
 
 @torch.no_grad()
 def test_default_length_is_the_models(model, call):
     want = model.generate(**call, do_sample=False, suppress_tokens=tiny.special_ids(model)).shape
     with patch(model, keep=0.25):
-        assert model.generate(**call, do_sample=False, suppress_tokens=tiny.special_ids(model)).shape == want
+        assert (
+            model.generate(**call, do_sample=False, suppress_tokens=tiny.special_ids(model)).shape
+            == want
+        )
 
 
 class Recorder(StoppingCriteria, LogitsProcessor):
@@ -109,7 +120,9 @@ def test_streamers_get_the_callers_prompt_first(model):
     with patch(model, keep=0.25):
         out = model.generate(**call, **oracle.greedy(model), streamer=streamer)
     assert torch.equal(streamer.values[0], call["input_ids"])
-    assert torch.equal(torch.cat([v.view(-1) for v in streamer.values[1:]]), out[0, call["input_ids"].shape[1] :])
+    assert torch.equal(
+        torch.cat([v.view(-1) for v in streamer.values[1:]]), out[0, call["input_ids"].shape[1] :]
+    )
     assert streamer.ended
 
 
@@ -125,7 +138,11 @@ def test_beams_and_samples_return_full_prompts(model, positions):
         best = model.generate(**call, **oracle.greedy(model, 1), num_beams=2)
         assert torch.equal(best[:, ids.shape[1]], one_beam[:, ids.shape[1]])
         torch.manual_seed(1)
-        arguments = {"max_new_tokens": 4, "do_sample": True, "suppress_tokens": tiny.special_ids(model)}
+        arguments = {
+            "max_new_tokens": 4,
+            "do_sample": True,
+            "suppress_tokens": tiny.special_ids(model),
+        }
         samples = model.generate(**call, **arguments, num_return_sequences=2)
         assert torch.equal(samples[:, : ids.shape[1]], ids.repeat_interleave(2, 0))
 
@@ -137,11 +154,15 @@ def test_static_cache_and_prompt_lookup_change_nothing(model, positions):
     with patch(model, keep=0.25, positions=positions):
         want = model.generate(**call, **oracle.greedy(model, 8))
         if model.config.model_type != "kimi_k25":  # its own static cache fails unpatched as well
-            static = model.generate(**call, **oracle.greedy(model, 8), cache_implementation="static")
+            static = model.generate(
+                **call, **oracle.greedy(model, 8), cache_implementation="static"
+            )
             assert torch.equal(static, want)
         lookup = model.generate(**call, **oracle.greedy(model, 8), prompt_lookup_num_tokens=2)
         assert torch.equal(lookup, want)
-        if model.config.model_type != "paligemma":  # its prefix attends both ways: chunks differ unpatched too
+        if (
+            model.config.model_type != "paligemma"
+        ):  # its prefix attends both ways: chunks differ unpatched too
             chunked = model.generate(**call, **oracle.greedy(model, 8), prefill_chunk_size=8)
             assert torch.equal(chunked, want)
 
@@ -152,8 +173,12 @@ def test_inputs_by_position_and_dict_outputs(model, call):
     with patch(model, keep=0.25):
         want = model.generate(**call, **oracle.greedy(model))
         assert torch.equal(model.generate(call["input_ids"], **rest, **oracle.greedy(model)), want)
-        assert torch.equal(model.generate(inputs=call["input_ids"], **rest, **oracle.greedy(model)), want)
-        out = model.generate(**call, **oracle.greedy(model), return_dict_in_generate=True, output_scores=True)
+        assert torch.equal(
+            model.generate(inputs=call["input_ids"], **rest, **oracle.greedy(model)), want
+        )
+        out = model.generate(
+            **call, **oracle.greedy(model), return_dict_in_generate=True, output_scores=True
+        )
     assert torch.equal(out.sequences, want)
     assert len(out.scores) == 5
 
@@ -180,7 +205,11 @@ def test_the_cache_is_shorter_by_exactly_the_dropped_tokens(model):
         short = model.generate(**call, **arguments).past_key_values
         record = handle.last
     dropped = record.tokens_before[0] - record.tokens_after[0]
-    assert full.get_seq_length() - short.get_seq_length() == dropped == record.prompt_length - record.short_length
+    assert (
+        full.get_seq_length() - short.get_seq_length()
+        == dropped
+        == record.prompt_length - record.short_length
+    )
     assert size(short) * full.get_seq_length() == size(full) * short.get_seq_length()
     assert record.kv_bytes == size(short)
 
@@ -191,14 +220,22 @@ def test_three_turns_over_a_returned_cache_equal_one_uncached_run(model, positio
     call = tiny.inputs(model, oracle.ONE)
     extra = {k: call[k] for k in ("token_type_ids", "mm_token_type_ids") if k in call}
     if model.config.model_type == "paligemma":
-        pytest.skip("PaliGemma's prefix attends both ways, so a longer prefix changes earlier states")
+        pytest.skip(
+            "PaliGemma's prefix attends both ways, so a longer prefix changes earlier states"
+        )
     with patch(model, keep=0.25, positions=positions):
         turn = model.generate(**call, **oracle.greedy(model), return_dict_in_generate=True)
-        ids, pixels = turn.sequences, {k: v for k, v in call.items() if k.startswith(("pixel", "image"))}
+        ids, pixels = (
+            turn.sequences,
+            {k: v for k, v in call.items() if k.startswith(("pixel", "image"))},
+        )
         for _ in range(2):
             ids = torch.cat([ids, torch.tensor([[11, 12, 13]])], 1)
             mask = torch.ones_like(ids)
-            aligned = {k: torch.cat([v, v.new_zeros(1, ids.shape[1] - v.shape[1])], 1) for k, v in extra.items()}
+            aligned = {
+                k: torch.cat([v, v.new_zeros(1, ids.shape[1] - v.shape[1])], 1)
+                for k, v in extra.items()
+            }
             before = turn.past_key_values.get_seq_length()
             turn = model.generate(
                 input_ids=ids,
@@ -208,10 +245,16 @@ def test_three_turns_over_a_returned_cache_equal_one_uncached_run(model, positio
                 **oracle.greedy(model),
                 return_dict_in_generate=True,
             )
-            # Three new ids, the last answer's last token, and five new tokens of which the last is not fed.
+            # Three new ids, the last answer's last token, and five new tokens of which the last is
+            # not fed.
             assert turn.past_key_values.get_seq_length() == before + 3 + 1 + 4
             whole = model.generate(
-                input_ids=ids, attention_mask=mask, **aligned, **pixels, **oracle.greedy(model), use_cache=False
+                input_ids=ids,
+                attention_mask=mask,
+                **aligned,
+                **pixels,
+                **oracle.greedy(model),
+                use_cache=False,
             )
             assert torch.equal(turn.sequences, whole)
             ids = turn.sequences
@@ -224,12 +267,22 @@ def test_caches_that_do_not_fit_are_refused(model):
         turn = model.generate(**call, **oracle.greedy(model), return_dict_in_generate=True)
         cache, ids = turn.past_key_values, turn.sequences
         with pytest.raises(CacheMismatchError, match="columns"):
-            model.generate(input_ids=call["input_ids"][:, :5], past_key_values=cache, max_new_tokens=1)
+            model.generate(
+                input_ids=call["input_ids"][:, :5], past_key_values=cache, max_new_tokens=1
+            )
         with pytest.raises(UnsupportedInputError, match="past_key_values"):
-            model.generate(**{**call, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+            model.generate(
+                **{**call, "input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                past_key_values=cache,
+            )
         cache.crop(-(cache.get_seq_length() - 3))
         with pytest.raises(CacheMismatchError, match="cropped"):
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1)
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=1,
+            )
 
 
 @BOTH
@@ -263,10 +316,14 @@ def test_encode_once_ask_often(model):
         logits = model(**call).logits
         encoding = handle.encode(**pixels)
         for _ in range(2):
-            out = model.generate(**rest, **grids, mm_encoder_outputs=encoding, **oracle.greedy(model))
+            out = model.generate(
+                **rest, **grids, mm_encoder_outputs=encoding, **oracle.greedy(model)
+            )
             assert torch.equal(out, want)
             assert torch.equal(model(**rest, **grids, mm_encoder_outputs=encoding).logits, logits)
-        beams = model.generate(**rest, **grids, mm_encoder_outputs=encoding, **oracle.greedy(model), num_beams=2)
+        beams = model.generate(
+            **rest, **grids, mm_encoder_outputs=encoding, **oracle.greedy(model), num_beams=2
+        )
         assert beams.shape == want.shape
         assert handle.last.tokens_after < handle.last.tokens_before
         with pytest.raises(UnsupportedInputError, match="no image"):

@@ -34,13 +34,15 @@ def family_of(model: PreTrainedModel | Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no transformers config; pass a HuggingFace vision-language model."
+            f"{type(model).__name__} has no transformers config; pass a HuggingFace "
+            "vision-language model."
         )
     if model_type not in SUPPORTED:
         text_only = not hasattr(config, "vision_config")
         why = "has no vision tower" if text_only else "is not supported yet"
         raise UnsupportedModelError(
-            f"Model type {model_type!r} ({type(model).__name__}) {why}; supported are {', '.join(SUPPORTED)}."
+            f"Model type {model_type!r} ({type(model).__name__}) {why}; supported are "
+            f"{', '.join(SUPPORTED)}."
         )
     family = import_module(f"vlmcompress.families.{model_type}").FAMILY
     assert isinstance(family, Family)  # by construction of this package

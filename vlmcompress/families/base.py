@@ -21,10 +21,12 @@ class Family:
     Attributes:
         model_type: `config.model_type` of the outer model.
         tower_path: path from the base model to the vision tower.
-        connector_path: path to the connector when it maps tokens one by one, so that selecting rows before
-            it equals selecting after it and the rest of the family's code does not count rows; else None.
+        connector_path: path to the connector when it maps tokens one by one, so that selecting rows
+            before it equals selecting after it and the rest of the family's code does not count
+            rows; else None.
         merge: side of the square of patches that forms one token.
-        merge_order: whether patches of one token follow each other (`consecutive`) or lie in a raster.
+        merge_order: whether patches of one token follow each other (`consecutive`) or lie in a
+            raster.
         rope: 1-D positions or M-RoPE.
         position_offset: what a plain forward adds to 0-based default positions.
         tested: whether the family is part of the test matrix.
@@ -52,7 +54,7 @@ class Family:
         return None if self.connector_path is None else base.get_submodule(self.connector_path)
 
     def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
-        """Last tower layer whose output the connector reads (the last one unless a family says else)."""
+        """Last tower layer the connector reads (the very last unless a family says else)."""
         return depth - 1
 
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:

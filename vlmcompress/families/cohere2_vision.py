@@ -1,4 +1,4 @@
-"""Cohere2 Vision (Command A Vision): SigLIP tower, pixel shuffle of 2x2 patches in the connector."""
+"""Cohere2 Vision (Command A Vision): SigLIP tower, 2x2 pixel shuffle in the connector."""
 
 from vlmcompress.families.base import Family
 

@@ -15,20 +15,22 @@ from vlmcompress.families.towers import last_hidden_state_read
 
 @dataclass(frozen=True)
 class Llava(Family):
-    """Reads the hidden states named by `vision_feature_layer`; the connector is an MLP on each patch."""
+    """Reads the hidden states `vision_feature_layer` names; the connector is an MLP per patch."""
 
     connector_path: str | None = "multi_modal_projector"
 
     def connector(self, base: nn.Module) -> nn.Module | None:
-        """None for Pixtral towers, whose ragged images are split by their sizes after the connector."""
-        if self.connector_path is None or base.config.vision_config.model_type == "pixtral":  # type: ignore[union-attr]
+        """None for Pixtral towers, whose ragged images are split by size after it."""
+        config: Any = base.config
+        if self.connector_path is None or config.vision_config.model_type == "pixtral":
             return None
         return base.get_submodule(self.connector_path)
 
     def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
         """From `vision_feature_layer`, of the call or the config."""
+        config: Any = base.config
         layer = call.get("vision_feature_layer")
-        layer = base.config.vision_feature_layer if layer is None else layer  # type: ignore[union-attr]
+        layer = config.vision_feature_layer if layer is None else layer
         return last_hidden_state_read(layer, depth)
 
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
@@ -36,7 +38,8 @@ class Llava(Family):
         sizes = call.get("image_sizes")
         if sizes is None:
             return super().grids(base, call, lengths)
-        patch = base.config.vision_config.patch_size  # type: ignore[union-attr]
+        config: Any = base.config
+        patch = config.vision_config.patch_size
         return [(h // patch, w // patch) for h, w in torch.as_tensor(sizes).tolist()]
 
 

@@ -1,4 +1,4 @@
-"""PaliGemma: SigLIP tower, linear connector, Gemma with bidirectional prefix and 1-based positions."""
+"""PaliGemma: SigLIP tower, linear connector, Gemma with bidirectional prefix, 1-based positions."""
 
 from vlmcompress.families.base import Family
 

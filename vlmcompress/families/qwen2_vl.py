@@ -2,4 +2,6 @@
 
 from vlmcompress.families.base import GridFamily
 
-FAMILY = GridFamily("qwen2_vl", tower_path="visual", merge=2, merge_order="consecutive", rope="mrope")
+FAMILY = GridFamily(
+    "qwen2_vl", tower_path="visual", merge=2, merge_order="consecutive", rope="mrope"
+)

@@ -1,8 +1,8 @@
 """Facts about vision towers: where their layers are and how q and k come about.
 
-A tower's own attention kernel is never touched. Evidence needs q and k only, and every tower makes them in
-projections whose outputs can be read; what happens to them after that (split into heads, rotary embedding)
-is told here.
+A tower's own attention kernel is never touched. Evidence needs q and k only, and every tower makes
+them in projections whose outputs can be read; what happens to them after that (split into heads,
+rotary embedding) is told here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class QueriesKeys:
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower whose attention layers project q and k with separate linear layers and no rotary embedding.
+    """A tower that projects q and k with separate linear layers and does not rotate them.
 
     Covers CLIP, SigLIP and Aimv2-like towers.
 
@@ -74,8 +74,8 @@ class Tower:
 class PackedTower(Tower):
     """A tower that packs all images into one row of patches and rotates q and k.
 
-    Covers the ViTs of Qwen2-VL, GLM-4V (fused qkv) and Kimi (separate projections). The rotation is the
-    model's own function.
+    Covers the ViTs of Qwen2-VL, GLM-4V (fused qkv) and Kimi (separate projections). The rotation is
+    the model's own function.
     """
 
     layers_path: str = "blocks"
@@ -90,13 +90,17 @@ class PackedTower(Tower):
     def queries_keys(
         self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
     ) -> QueriesKeys:
-        """Heads from projection outputs ([n, ...]), rotated; `kwargs` are those of the attention call."""
+        """Rotated heads from projection outputs ([n, ...]); `kwargs` are the attention call's."""
         if self.fused:
             qkv = outputs["qkv"]
-            q, k, _ = qkv.reshape(len(qkv), 3, attention.num_heads, -1).unbind(1)
+            heads = int(attention.num_heads)  # type: ignore[arg-type]
+            q, k, _ = qkv.reshape(len(qkv), 3, heads, -1).unbind(1)
             q, k = q[None], k[None]
         else:
-            q, k = (outputs[name].unflatten(-1, (-1, attention.head_dim))[None] for name in self.projections)
+            q, k = (
+                outputs[name].unflatten(-1, (-1, attention.head_dim))[None]
+                for name in self.projections
+            )
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         q, k = rotate(q, k, *kwargs["position_embeddings"])
         lengths = torch.diff(kwargs["cu_seqlens"]).tolist()

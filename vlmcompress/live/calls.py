@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError
@@ -80,16 +79,19 @@ def prepare(model: nn.Module, state: State, call: dict[str, Any], *, generating:
     cache = call.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise UnsupportedInputError(
-            "The call brings new images together with a filled past_key_values; send the whole conversation "
+            "The call brings new images together with a filled past_key_values; send the whole "
+            "conversation "
             "without the cache."
         )
-    watch = Stopwatch(call["input_ids"].device if call.get("input_ids") is not None else torch.device("cpu"))
+    watch = Stopwatch(inputs.require_ids(call).device)
     encoded = encode(model, state, call, watch)
     mode = positions.resolve(state.settings.pipeline.config.positions, state.family)
     placement = inputs.prompt_placement(model, call, encoded, generating=generating)
     if not encoded.compressed:
         arguments = inputs.without_pixels(model, call, encoded.output)
-        return ShortCall(arguments, None, None, _record(model, state, encoded, None, call, mode, watch), watch)
+        return ShortCall(
+            arguments, None, None, _record(model, state, encoded, None, call, mode, watch), watch
+        )
     ids = positions.shortened(model, state.family, call, placement, mode, generating=generating)
     arguments = inputs.shorten(model, call, placement, ids)
     arguments["mm_encoder_outputs"] = {"image": encoded.output}
@@ -102,7 +104,9 @@ def prepare(model: nn.Module, state: State, call: dict[str, Any], *, generating:
     return ShortCall(arguments, placement, cache_record, record, watch)
 
 
-def _set_rope_deltas(model: nn.Module, state: State, following: Tensor | None, placement: Placement) -> None:
+def _set_rope_deltas(
+    model: nn.Module, state: State, following: Tensor | None, placement: Placement
+) -> None:
     """Let M-RoPE models that count on from the cache length arrive at the right position."""
     if state.family.rope == "mrope" and following is not None:
         model.base_model.rope_deltas = (following - placement.short_length)[:, None]  # type: ignore[union-attr]
@@ -156,7 +160,11 @@ def cache_bytes(cache: Any) -> int | None:
     layers = getattr(cache, "layers", None)
     if not layers:
         return None
-    tensors = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    tensors = [
+        t
+        for layer in layers
+        for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
     return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
@@ -164,16 +172,19 @@ def check_cache(cache: Any, record: CacheRecord, width: int) -> None:
     """Refuse caches that cannot hold what their record says.
 
     Raises:
-        CacheMismatchError: when the cache was cropped or re-ordered, or the ids are not its prompt's.
+        CacheMismatchError: when the cache was cropped or re-ordered, or the ids are not its
+            prompt's.
     """
     held, prompt = cache.get_seq_length(), record.placement
     if held < prompt.short_length:
         raise CacheMismatchError(
-            f"The cache holds {held} tokens but was filled with {prompt.short_length}; it was cropped or "
+            f"The cache holds {held} tokens but was filled with {prompt.short_length}; it was "
+            "cropped or "
             "reset. Start again without it."
         )
     if width < prompt.length:
         raise CacheMismatchError(
-            f"The ids have {width} columns, the cache's prompt had {prompt.length}; a returned cache goes "
+            f"The ids have {width} columns, the cache's prompt had {prompt.length}; a returned "
+            "cache goes "
             "with the full ids it was made from and what follows them."
         )

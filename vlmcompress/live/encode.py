@@ -34,7 +34,8 @@ class Encoded:
         lengths: uncompressed tokens per image.
         kept: per image the kept rows, ascending int64.
         grids: (h, w) in tokens per image.
-        assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if untouched.
+        assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if
+            untouched.
         evidence_layers: tower layers that were read.
         skipped_layers: tower layers that were not run.
     """
@@ -54,7 +55,7 @@ class Encoded:
 
 
 class CompressedEncoding(dict):  # type: ignore[type-arg]
-    """`mm_encoder_outputs` made by `Handle.encode`: compressed already, to be used with full prompts."""
+    """`mm_encoder_outputs` made by `Handle.encode`: compressed already, used with full prompts."""
 
     def __init__(self, encoded: Encoded) -> None:
         super().__init__(image=encoded.output)
@@ -67,23 +68,27 @@ def has_pixels(call: Mapping[str, Any]) -> bool:
 
 
 def encoder_arguments(base: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a call that `get_image_features` reads, chosen by its signature as `generate` does."""
+    """What `get_image_features` reads of a call, chosen by its signature as `generate` does."""
     names = inspect.signature(base.get_image_features).parameters  # type: ignore[arg-type]
     return {name: call[name] for name in names if name != "kwargs" and call.get(name) is not None}
 
 
 def fresh_output(output: Any) -> Any:
-    """A shallow copy whose `pooler_output` may be replaced: `generate` expands it in place for beams."""
+    """A shallow copy whose `pooler_output` may change: `generate` expands it in place for beams."""
     return type(output)(**dict(output.items()))
 
 
 class Encoder:
     """Runs a model's tower under a pipeline."""
 
-    def __init__(self, family: Family, base: nn.Module, pipeline: Pipeline, watch: Stopwatch) -> None:
+    def __init__(
+        self, family: Family, base: nn.Module, pipeline: Pipeline, watch: Stopwatch
+    ) -> None:
         self._family, self._base, self._pipeline, self._watch = family, base, pipeline, watch
         self._tower = family.tower(base)
-        self._layers = None if self._tower is None else self._tower.layers(family.tower_module(base))
+        self._layers = (
+            None if self._tower is None else self._tower.layers(family.tower_module(base))
+        )
 
     @property
     def depth(self) -> int | None:
@@ -99,7 +104,8 @@ class Encoder:
         """
         if any(call.get(name) is not None for name in VIDEO_ARGUMENTS):
             raise UnsupportedInputError(
-                "The call carries a video; only images can be compressed so far. Run video prompts inside "
+                "The call carries a video; only images can be compressed so far. Run video "
+                "prompts inside "
                 "`with handle.disabled():`."
             )
         arguments = encoder_arguments(self._base, call)
@@ -117,7 +123,11 @@ class Encoder:
         with self._watch.span("selection"):
             groups = self._after_connector(output.pooler_output, first, session, arguments)
             groups = run_stages(after, groups, self.depth)
-        skipped = 0 if session.skip_after is None or self.depth is None else self.depth - 1 - session.skip_after
+        skipped = (
+            0
+            if session.skip_after is None or self.depth is None
+            else self.depth - 1 - session.skip_after
+        )
         return _collect(output, groups, wanted, skipped)
 
     def _session(self, arguments: Mapping[str, Any]) -> tuple[Session, tuple[int, ...]]:
@@ -125,14 +135,16 @@ class Encoder:
         if self._tower is None or self._layers is None:
             if needs.attention:
                 raise EvidenceError(
-                    f"The attention of this {self._family.model_type} tower cannot be read; use a method that "
+                    f"The attention of this {self._family.model_type} tower cannot be read; use a "
+                    "method that "
                     "needs none, such as 'divprune'."
                 )
             return Session(self._watch), ()
         if needs.cls_attention and not self._tower.has_cls:
             names = ", ".join(repr(stage.method.name) for stage in self._pipeline.stages)
             raise EvidenceError(
-                f"{names} read(s) [CLS] attention and this {self._family.model_type} tower has no [CLS] token; "
+                f"{names} read(s) [CLS] attention and this {self._family.model_type} tower has no "
+                "[CLS] token; "
                 "use 'received_attention' or 'divprune'."
             )
         layers = Resolved.of(needs, len(self._layers))
@@ -156,7 +168,7 @@ class Encoder:
         arguments: Mapping[str, Any],
         out: list[Group],
     ) -> Tensor:
-        """Thin out what the connector reads ([b, n, d]); ragged results are handed on as one row."""
+        """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
             out += run_stages(stages, groups, self.depth)
@@ -188,7 +200,10 @@ class Encoder:
         group = self._family.group
 
         def rows(captured: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
-            return {layer: group(_pick(values, units), grid, "sum") for layer, values in captured.items()}
+            return {
+                layer: group(_pick(values, units), grid, "sum")
+                for layer, values in captured.items()
+            }
 
         def keys(values: list[Tensor]) -> Tensor:
             by_patch = _pick(values, units).permute(0, 2, 3, 1)
@@ -202,7 +217,8 @@ class Encoder:
         for captured in (*evidence.cls_attention.values(), *evidence.received_attention.values()):
             if captured.shape[-1] != n:
                 raise EvidenceError(
-                    f"The tower gives attention for {captured.shape[-1]} tokens but an image has {n}; "
+                    f"The tower gives attention for {captured.shape[-1]} tokens but an image has "
+                    f"{n}; "
                     "use a method that needs none, such as 'divprune'."
                 )
         return evidence
@@ -215,7 +231,9 @@ class Encoder:
             return self._group(list(pooled), session, arguments)
         flat = torch.cat([unit.flatten(0, -2) for unit in pooled])
         rows = flat.split([group.n for group, _ in _by_owner(first)])
-        projected = {int(g.owner[i]): row for (g, i), row in zip(_by_owner(first), rows, strict=True)}
+        projected = {
+            int(g.owner[i]): row for (g, i), row in zip(_by_owner(first), rows, strict=True)
+        }
         return [
             dataclasses.replace(g, features=torch.stack([projected[o] for o in g.owner.tolist()]))
             for g in first
@@ -229,13 +247,15 @@ def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
 
 
 def _pick(values: Sequence[Tensor], units: Sequence[int]) -> Tensor:
-    """Rows of some images: `values` is one batch of all images, or one [1, ...] tensor per image."""
+    """Rows of some images; `values` is one batch of all, or one [1, ...] tensor per image."""
     if len(values) == 1:
         return values[0][list(units)]
     return torch.cat([values[i] for i in units])
 
 
-def _collect(output: Any, groups: Sequence[Group], layers: tuple[int, ...], skipped: int) -> Encoded:
+def _collect(
+    output: Any, groups: Sequence[Group], layers: tuple[int, ...], skipped: int
+) -> Encoded:
     places = _by_owner(groups)
     features = [group.features[i] for group, i in places]
     if isinstance(output.pooler_output, torch.Tensor):

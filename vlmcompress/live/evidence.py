@@ -1,9 +1,9 @@
 """Reading the tower's attention beside its own kernel.
 
-The q and k that a layer makes anyway are read by forward hooks on its projections; only the rows that a
-method asked for are turned into attention weights, in float32. The kernel, its inputs and its outputs are
-untouched, so what the connector reads stays bit-equal under any attention implementation, FlashAttention
-included, and no n x n map is ever made.
+The q and k that a layer makes anyway are read by forward hooks on its projections; only the rows
+that a method asked for are turned into attention weights, in float32. The kernel, its inputs and
+its outputs are untouched, so what the connector reads stays bit-equal under any attention
+implementation, FlashAttention included, and no n x n map is ever made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ QUERY_BLOCK = 64
 def cls_row(qk: QueriesKeys) -> Tensor:
     """Softmax row of the first query over all tokens but the first: [b, heads, n - 1] float32.
 
-    The [CLS] column is dropped after the softmax and the rest not renormalised, as all published methods do.
+    The [CLS] column is dropped after the softmax and the rest not renormalised, as all published
+    methods do.
     """
     logits = qk.q[:, :, :1].float() @ qk.k.float().transpose(-1, -2)
     return (logits * qk.scale).softmax(-1)[:, :, 0, 1:]
@@ -65,7 +66,9 @@ def _on_projection(layer: int, name: str, module: nn.Module, args: Any, output: 
         session.projections[layer, name] = output.detach()
 
 
-def _on_attention(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _on_attention(
+    layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> None:
     session = current()
     if session is None or session.tower is None or not session.reads(layer):
         return
@@ -73,7 +76,9 @@ def _on_attention(layer: int, module: nn.Module, args: Any, kwargs: dict[str, An
         _capture(session, session.tower, layer, module, kwargs)
 
 
-def _capture(session: Session, tower: Tower, layer: int, module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _capture(
+    session: Session, tower: Tower, layer: int, module: nn.Module, kwargs: dict[str, Any]
+) -> None:
     outputs = {name: session.projections.pop((layer, name)) for name in tower.projections}
     images = list(_per_image(tower.queries_keys(module, outputs, kwargs)))
     skip = int(tower.has_cls)

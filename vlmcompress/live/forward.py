@@ -60,7 +60,7 @@ def before_forward(
 def _inside_generate(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """`generate` drops all-ones masks; without mask and cache, gapped positions read as packed sequences."""
+    """`generate` drops all-ones masks; without one, gapped positions read as packed sequences."""
     call = by_name(type(module).forward, args, kwargs)
     if call.get("attention_mask") is None and call.get("position_ids") is not None:
         cache, ids = call.get("past_key_values"), call.get("input_ids")
@@ -93,7 +93,7 @@ def _asked_rows(asked: int | Tensor, placement: Placement) -> tuple[Tensor, Tens
 
 
 def _continue(state: State, call: dict[str, Any], record: calls.CacheRecord) -> dict[str, Any]:
-    """A forward over a shortened cache: mask and positions of the caller's length are cut likewise."""
+    """A forward over a shortened cache: the caller's mask and positions are cut likewise."""
     cache, ids = call["past_key_values"], call.get("input_ids")
     new = ids if ids is not None else call["inputs_embeds"]
     held, width, placement = cache.get_seq_length(), new.shape[1], record.placement
@@ -106,7 +106,9 @@ def _continue(state: State, call: dict[str, Any], record: calls.CacheRecord) -> 
     out = dict(call)
     mask = call.get("attention_mask")
     if mask is None and not bool(placement.valid.all()):
-        mask = torch.ones(new.shape[0], held + placement.shortened_by + width, device=placement.index.device)
+        mask = torch.ones(
+            new.shape[0], held + placement.shortened_by + width, device=placement.index.device
+        )
         mask = mask.long()
     if mask is not None and mask.shape[-1] != held + width:
         out["attention_mask"] = placement.extend(mask, 0)

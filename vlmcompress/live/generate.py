@@ -1,4 +1,4 @@
-"""The instance-level `generate`: shorten once, let the model generate, put the caller's ids back."""
+"""The instance-level `generate`: shorten once, let the model work, put the caller's ids back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from vlmcompress.core.errors import UnsupportedInputError
@@ -20,10 +25,10 @@ from vlmcompress.live.state import State, state_of
 
 
 @functools.wraps(GenerationMixin.generate)
-def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with images compressed; the same arguments and return value."""
     state = state_of(self)
-    native: Callable[..., Any] = type(self).generate.__get__(self)  # type: ignore[attr-defined]
+    native: Callable[..., Any] = type(self).generate.__get__(self)
     if state is None or not state.active or state.local.generating:
         return native(*args, **kwargs)
     call = by_name(GenerationMixin.generate, args, kwargs)
@@ -38,9 +43,8 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return native(*args, **kwargs)
 
 
-def _with_images(
-    model: nn.Module, state: State, native: Callable[..., Any], call: dict[str, Any]
-) -> Any:
+def _with_images(model: Any, state: State, native: Callable[..., Any], call: dict[str, Any]) -> Any:
+    inputs.require_ids(call)
     with torch.no_grad():
         call = _with_mask(model, call)
         short = calls.prepare(model, state, call, generating=True)
@@ -61,7 +65,7 @@ def _with_images(
 
 
 def _with_cache(
-    model: nn.Module,
+    model: Any,
     state: State,
     native: Callable[..., Any],
     call: dict[str, Any],
@@ -78,7 +82,7 @@ def _with_cache(
         if isinstance(call.get(name), Tensor):
             arguments[name] = placement.extend(call[name], fill)
     if record.mode == "original" and state.family.rope == "1d":
-        full = model._prepare_position_ids_for_generation(  # type: ignore[operator]
+        full = model._prepare_position_ids_for_generation(
             ids, {"attention_mask": call["attention_mask"]}
         )
         arguments["position_ids"] = placement.extend(full, 0)
@@ -99,7 +103,7 @@ def _run(state: State, native: Callable[..., Any], arguments: dict[str, Any]) ->
         state.local.prefill = None
 
 
-def _with_mask(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+def _with_mask(model: Any, call: dict[str, Any]) -> dict[str, Any]:
     """`generate` infers a missing mask from padding ids; so must we, before ids are shortened."""
     if call.get("attention_mask") is not None:
         return call
@@ -112,20 +116,23 @@ def _with_mask(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "attention_mask": mask.long()}
 
 
-def _refuse_ragged_beams(model: nn.Module, call: dict[str, Any], short: calls.ShortCall) -> None:
+def _refuse_ragged_beams(model: Any, call: dict[str, Any], short: calls.ShortCall) -> None:
     features = short.arguments["mm_encoder_outputs"]["image"].pooler_output
     ragged = isinstance(features, Tensor) and len(set(short.record.tokens_after)) > 1
     config = call.get("generation_config") or model.generation_config
-    copies = [call.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+    copies = [
+        call.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")
+    ]
     if ragged and max(copies) > 1:
         raise UnsupportedInputError(
             f"Images keep different counts ({sorted(set(short.record.tokens_after))}) and "
-            f"{type(model).__name__} cannot expand those for beams or several return sequences; use one "
+            f"{type(model).__name__} cannot expand those for beams or several return sequences; "
+            "use one "
             "beam, or a keep that gives every image the same count."
         )
 
 
-def _adjust_lengths(model: nn.Module, arguments: dict[str, Any], shortened_by: int) -> dict[str, Any]:
+def _adjust_lengths(model: Any, arguments: dict[str, Any], shortened_by: int) -> dict[str, Any]:
     """`max_length` and `min_length` count the prompt, which is shorter now."""
     out = dict(arguments)
     config = out.get("generation_config")
@@ -155,7 +162,9 @@ def _full_ids(ids: Tensor, full_ids: Tensor, short_length: int) -> Tensor:
     return torch.cat([prompt, ids[:, short_length:]], dim=1)
 
 
-def _show_full_ids(full_ids: Tensor, short_length: int, arguments: dict[str, Any]) -> dict[str, Any]:
+def _show_full_ids(
+    full_ids: Tensor, short_length: int, arguments: dict[str, Any]
+) -> dict[str, Any]:
     """Users' criteria, processors, prefix functions and streamers see the caller's ids."""
 
     def expand(ids: Tensor) -> Tensor:
@@ -163,9 +172,13 @@ def _show_full_ids(full_ids: Tensor, short_length: int, arguments: dict[str, Any
 
     out = dict(arguments)
     if out.get("logits_processor"):
-        out["logits_processor"] = LogitsProcessorList(_FullIdsProcessor(p, expand) for p in out["logits_processor"])
+        out["logits_processor"] = LogitsProcessorList(
+            _FullIdsProcessor(p, expand) for p in out["logits_processor"]
+        )
     if out.get("stopping_criteria"):
-        out["stopping_criteria"] = StoppingCriteriaList(_FullIdsCriteria(c, expand) for c in out["stopping_criteria"])
+        out["stopping_criteria"] = StoppingCriteriaList(
+            _FullIdsCriteria(c, expand) for c in out["stopping_criteria"]
+        )
     if out.get("prefix_allowed_tokens_fn") is not None:
         allowed = out["prefix_allowed_tokens_fn"]
         out["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
@@ -201,7 +214,8 @@ class _FullIdsStreamer(BaseStreamer):
     """Hands a user's streamer the caller's prompt first, then what is generated."""
 
     def __init__(self, streamer: Any, full_ids: Tensor) -> None:
-        self._streamer, self._prompt = streamer, full_ids
+        self._streamer = streamer
+        self._prompt: Tensor | None = full_ids
 
     def put(self, value: Tensor) -> None:
         """The first value is the prompt."""

@@ -23,6 +23,21 @@ def by_name(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def require_ids(call: Mapping[str, Any]) -> Tensor:
+    """The call's `input_ids`.
+
+    Raises:
+        UnsupportedInputError: when the call brings embeddings instead.
+    """
+    ids = call.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise UnsupportedInputError(
+            "Images came without input_ids (inputs_embeds alone); pass input_ids, whose "
+            "placeholders tell where the images are."
+        )
+    return ids
+
+
 def prompt_placement(
     model: nn.Module, call: Mapping[str, Any], encoded: Encoded, *, generating: bool
 ) -> Placement:
@@ -32,18 +47,18 @@ def prompt_placement(
         UnsupportedInputError: when the call brings embeddings instead of ids.
         PlaceholderMismatchError: when images and placeholders do not match.
     """
-    ids = call.get("input_ids")
-    if ids is None:
-        raise UnsupportedInputError(
-            "Images came without input_ids (inputs_embeds alone); pass input_ids, whose placeholders tell "
-            "where the images are."
-        )
+    ids = require_ids(call)
     mask = call.get("attention_mask")
     padding = edge_padding(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
     left = generating or (padding is not None and bool(padding[:, 0].any()))
-    placeholders = ids == model.config.image_token_id  # type: ignore[union-attr]
+    config: Any = model.config
+    placeholders: Tensor = torch.eq(ids, config.image_token_id)
     return place(
-        placeholders, encoded.lengths, encoded.kept, padding=padding, side="left" if left else "right"
+        placeholders,
+        encoded.lengths,
+        encoded.kept,
+        padding=padding,
+        side="left" if left else "right",
     )
 
 
@@ -91,4 +106,7 @@ def pad_id(model: nn.Module) -> int:
 def without_pixels(model: nn.Module, call: Mapping[str, Any], output: Any) -> dict[str, Any]:
     """The call with its pixels replaced by encoder outputs and everything else as it was."""
     kept = {k: v for k, v in call.items() if k not in PIXEL_ARGUMENTS}
-    return {**kept, "mm_encoder_outputs": {**(call.get("mm_encoder_outputs") or {}), "image": output}}
+    return {
+        **kept,
+        "mm_encoder_outputs": {**(call.get("mm_encoder_outputs") or {}), "image": output},
+    }

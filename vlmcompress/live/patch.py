@@ -49,13 +49,14 @@ def patch(
         model: a HuggingFace vision-language model, or a PEFT model around one.
         method: a name (`"vtc_cls"`), a configured method, a `CompressionConfig`, a spec string
             (`"vtc_cls:0.25"`) or a list of these. None chooses `vtc_cls` for towers with [CLS],
-            `received_attention` for towers without, and `divprune` where attention cannot be read; the
-            choice stands in the report. A method named explicitly never falls back.
-        keep: what is *kept*: a float in (0, 1] is a fraction of each image's tokens, an int a count per
-            image, `"auto"` is decided per image. None only when the method carries its own budget.
+            `received_attention` for towers without, and `divprune` where attention cannot be read;
+            the choice stands in the report. A method named explicitly never falls back.
+        keep: what is *kept*: a float in (0, 1] is a fraction of each image's tokens, an int a count
+            per image, `"auto"` is decided per image. None only when the method carries its own
+            budget.
         processor: the model's processor; overlays need it where it crops or pads.
-        positions: `contiguous` renumbers kept tokens in the language model, `original` keeps their ids;
-            `auto` is contiguous for 1-D RoPE and original for M-RoPE.
+        positions: `contiguous` renumbers kept tokens in the language model, `original` keeps their
+            ids; `auto` is contiguous for 1-D RoPE and original for M-RoPE.
         seed: for methods that draw numbers.
         restore_length: whether logits outside `generate` get the caller's length (zeros at dropped
             positions). False gives the short ones; `handle.last.token_index` maps them.
@@ -67,18 +68,24 @@ def patch(
         UnsupportedModelError: for models whose family is not known.
         AlreadyPatchedError: for a patched model.
         EvidenceError: when the method looks at something this tower does not have.
-        ConfigError, ConfigTypeError, UnknownMethodError: for bad `method`, `keep`, `positions` or `seed`.
+        ConfigError, ConfigTypeError, UnknownMethodError: for bad `method`, `keep`, `positions` or
+        `seed`.
     """
     model = _outer(model)
     if state_of(model) is not None:
         raise AlreadyPatchedError(
-            f"This {type(model).__name__} is patched already; call handle.remove() on the first handle (or "
+            f"This {type(model).__name__} is patched already; call handle.remove() on the first "
+            "handle (or "
             "vlmcompress.handle_of(model).remove()), or change it with handle.set(...)."
         )
     family = family_of(model)
     _check_seam(model)
     built = pipeline.build(
-        method, keep, default=default_method(family, model.base_model), positions=positions, seed=seed
+        method,
+        keep,
+        default=default_method(family, model.base_model),
+        positions=positions,
+        seed=seed,
     )
     _check_evidence(family, model.base_model, built)
     state = State(family, Settings(built, method is None), processor, restore_length)
@@ -102,7 +109,9 @@ def handle_of(model: PreTrainedModel | Any) -> Handle:
     """
     model = _outer(model)
     if state_of(model) is None:
-        raise VLMCompressError(f"This {type(model).__name__} is not patched; call patch(model, keep=...).")
+        raise VLMCompressError(
+            f"This {type(model).__name__} is not patched; call patch(model, keep=...)."
+        )
     return Handle(model)
 
 
@@ -114,7 +123,8 @@ def _outer(model: Any) -> Any:
 def _check_seam(model: Any) -> None:
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError(
-            f"{type(model).__name__} of this transformers has no mm_encoder_outputs argument; vlmcompress "
+            f"{type(model).__name__} of this transformers has no mm_encoder_outputs argument; "
+            "vlmcompress "
             "needs transformers >= 5.18."
         )
 
@@ -127,12 +137,14 @@ def _check_evidence(family: Family, base: nn.Module, built: pipeline.Pipeline) -
     names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().attention)
     if tower is None:
         raise EvidenceError(
-            f"{names} read(s) tower attention, which cannot be read from this {family.model_type} tower; use a "
+            f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
+            "tower; use a "
             "method that needs none, such as 'divprune'."
         )
     if needs.cls_attention and not tower.has_cls:
         raise EvidenceError(
-            f"{names} read(s) [CLS] attention and this {family.model_type} tower has no [CLS] token; use "
+            f"{names} read(s) [CLS] attention and this {family.model_type} tower has no [CLS] "
+            "token; use "
             "'received_attention' or 'divprune'."
         )
     pipeline.Resolved.of(needs, len(tower.layers(family.tower_module(base))))
@@ -195,7 +207,9 @@ class Handle:
         return Report(
             model=type(self._model).__name__,
             method=config.to_spec(),
-            chosen="chosen by default for this tower" if state.settings.chosen_by_default else "as asked",
+            chosen="chosen by default for this tower"
+            if state.settings.chosen_by_default
+            else "as asked",
             positions=positions.resolve(config.positions, state.family),
             calls_with_images=state.calls["with"],
             calls_without_images=state.calls["without"],
@@ -224,7 +238,9 @@ class Handle:
     def _last_or_raise(self) -> CallRecord:
         last = self.last
         if last is None:
-            raise VLMCompressError("No call with an image was made in this thread yet; call the model first.")
+            raise VLMCompressError(
+                "No call with an image was made in this thread yet; call the model first."
+            )
         return last
 
     def overlay(self, image: Image, unit: int = 0) -> Image:
@@ -238,7 +254,9 @@ class Handle:
 
         last = self._last_or_raise()
         if not 0 <= unit < len(last.kept):
-            raise UnsupportedInputError(f"The last call had {len(last.kept)} image(s); there is no image {unit}.")
+            raise UnsupportedInputError(
+                f"The last call had {len(last.kept)} image(s); there is no image {unit}."
+            )
         return draw_overlay(image, last, unit, self._state.processor)
 
     def set(
@@ -253,7 +271,8 @@ class Handle:
 
         Args:
             method: as for `patch`.
-            keep: as for `patch`; a new method without keep takes over the old one's if there is one stage.
+            keep: as for `patch`; a new method without keep takes over the old one's if there is one
+                stage.
             positions: as for `patch`.
             seed: as for `patch`.
 
@@ -282,14 +301,16 @@ class Handle:
         """Encode and compress the images of a call once, for many questions.
 
         Returns:
-            What to pass as `mm_encoder_outputs=` instead of the pixels, with full `input_ids`; it is not
-            compressed a second time.
+            What to pass as `mm_encoder_outputs=` instead of the pixels, with full `input_ids`; it
+            is not compressed a second time.
 
         Raises:
             UnsupportedInputError: when the call has no image.
         """
         if not has_pixels(call):
-            raise UnsupportedInputError("encode(...) was given no image; pass what the processor returns.")
+            raise UnsupportedInputError(
+                "encode(...) was given no image; pass what the processor returns."
+            )
         watch = Stopwatch(next(self._model.parameters()).device)
         return CompressedEncoding(calls.encode(self._model, self._state, call, watch))
 

@@ -15,8 +15,14 @@ from vlmcompress.core.errors import ConfigError, ConfigTypeError
 from vlmcompress.core.keep import AutoKeep, Keep, auto_count, parse_keep
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import registry
-from vlmcompress.methods.base import Layer, Method, Needs, TokenCompressor, TokenPruner, resolve_layer
-
+from vlmcompress.methods.base import (
+    Layer,
+    Method,
+    Needs,
+    TokenCompressor,
+    TokenPruner,
+    resolve_layer,
+)
 
 Pair: TypeAlias = tuple[StageConfig, Method]
 Group: TypeAlias = VisualTokens
@@ -51,7 +57,9 @@ class Pipeline:
 
     def split(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """Stages that can run before the connector, and the rest."""
-        cut = next((i for i, s in enumerate(self.stages) if s.method.reads == "llm"), len(self.stages))
+        cut = next(
+            (i for i, s in enumerate(self.stages) if s.method.reads == "llm"), len(self.stages)
+        )
         return self.stages[:cut], self.stages[cut:]
 
     def needs(self) -> Needs:
@@ -76,8 +84,10 @@ def build(
     """A pipeline from whatever `patch` accepts as `method` and `keep`.
 
     Args:
-        method: None, a name or spec string, a configured method, a `CompressionConfig`, or a list of these.
-        keep: for the connector stages that carry no budget of their own (with one stage: overrides it).
+        method: None, a name or spec string, a configured method, a `CompressionConfig`, or a list
+            of these.
+        keep: for the connector stages that carry no budget of their own (with one stage: overrides
+            it).
         default: the method that stands for None.
         positions: `auto`, `original` or `contiguous`; a `CompressionConfig` brings its own.
         seed: likewise.
@@ -91,9 +101,11 @@ def build(
 
 
 def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any) -> Pipeline:
-    """`now` with some things changed; None leaves them. A single new method takes over a single keep."""
+    """`now` with some things changed; None leaves them. One new method takes over one keep."""
     if method is None:
-        pairs = [(c, s.template) for c, s in zip(now.config.stages, now.stages, strict=True)]
+        pairs: list[Pair] = [
+            (c, s.template) for c, s in zip(now.config.stages, now.stages, strict=True)
+        ]
     else:
         pairs = _parse(method, "")
         open_stages = [stage for stage, _ in pairs if stage.keep is None]
@@ -119,7 +131,8 @@ def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pi
 def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
     if not isinstance(method, TokenCompressor):
         raise ConfigError(
-            f"Method {config.method!r} acts in the {method.stage}; only methods between tower and LLM (stage "
+            f"Method {config.method!r} acts in the {method.stage}; only methods between tower and "
+            "LLM (stage "
             "'connector') can run so far."
         )
     return Stage(_seeded(method, seed), _checked(config.keep, method), method)
@@ -148,26 +161,33 @@ def _stages_of(part: Any) -> list[Pair]:
     if isinstance(part, StageConfig):
         return [(part, _create(part))]
     raise ConfigTypeError(
-        f"method is {part!r} ({type(part).__name__}); give a name, a spec string, a configured method, a "
+        f"method is {part!r} ({type(part).__name__}); give a name, a spec string, a configured "
+        "method, a "
         "CompressionConfig or a list of these."
     )
 
 
 def _changed_options(method: Method) -> dict[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    return {k: getattr(method, k) for k, default in defaults.items() if getattr(method, k) != default}
+    return {
+        k: getattr(method, k) for k, default in defaults.items() if getattr(method, k) != default
+    }
 
 
 def _create(stage: StageConfig) -> Method:
     if stage.site is not None:
-        raise ConfigError(f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none.")
+        raise ConfigError(
+            f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none."
+        )
     return registry.create(stage.method, **stage.options)
 
 
 def _with_keep(stages: Sequence[StageConfig], keep: Any) -> tuple[StageConfig, ...]:
     if keep is not None:
         keep = parse_keep(keep)
-        open_stages = [s for s in stages if s.keep is None] or (list(stages) if len(stages) == 1 else [])
+        open_stages = [s for s in stages if s.keep is None] or (
+            list(stages) if len(stages) == 1 else []
+        )
         if not open_stages:
             raise ConfigError(
                 f"keep={keep!r} was given, but every stage carries its own budget "
@@ -177,7 +197,8 @@ def _with_keep(stages: Sequence[StageConfig], keep: Any) -> tuple[StageConfig, .
     for stage in stages:
         if stage.keep is None:
             raise ConfigError(
-                f"Method {stage.method!r} has no budget: pass keep=..., for example keep=0.1, or write "
+                f"Method {stage.method!r} has no budget: pass keep=..., for example keep=0.1, or "
+                "write "
                 f"'{stage.method}:0.1'."
             )
     return tuple(stages)
@@ -193,7 +214,8 @@ def _checked(keep: Keep | None, method: TokenCompressor) -> Keep:
     assert keep is not None  # _with_keep has seen to it
     if isinstance(keep, AutoKeep) and not method.scored:
         raise ConfigError(
-            f"keep='auto' needs scores and {method.name!r} has none; give a fraction or a count, or use a "
+            f"keep='auto' needs scores and {method.name!r} has none; give a fraction or a count, "
+            "or use a "
             "method that scores tokens, such as 'vtc_cls'."
         )
     return keep
@@ -214,7 +236,9 @@ class Resolved:
         def resolve(layers: tuple[Layer, ...]) -> frozenset[int]:
             return frozenset(resolve_layer(layer, depth) for layer in layers)
 
-        return cls(resolve(needs.cls_attention), resolve(needs.received_attention), resolve(needs.keys))
+        return cls(
+            resolve(needs.cls_attention), resolve(needs.received_attention), resolve(needs.keys)
+        )
 
     def all(self) -> frozenset[int]:
         """Every layer something is read from."""
@@ -242,7 +266,9 @@ def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
     return out
 
 
-def _compress(method: TokenCompressor, view: Group, group: Group, k: int, budget: float | int) -> Group:
+def _compress(
+    method: TokenCompressor, view: Group, group: Group, k: int, budget: float | int
+) -> Group:
     """`group` compressed; a training-free method that would keep everything is bypassed."""
     if k >= group.n and method.training_free:
         return group

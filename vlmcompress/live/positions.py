@@ -78,7 +78,7 @@ def _full(model: nn.Module, family: Family, call: Mapping[str, Any], *, generati
 
 
 def next_position(positions: Tensor | None, placement: Placement) -> Tensor | None:
-    """[B] position of the first token after the prompt; None where the model counts rightly by itself."""
+    """[B] position of the first token after the prompt; None where the model counts rightly."""
     if positions is None:
         return None
     columns = torch.arange(placement.short_length, device=placement.index.device)

@@ -1,7 +1,7 @@
 """One pass through the tower: what hooks may see and leave while it runs.
 
-Hooks are registered once per patched model and look for the session of *this* thread's pass in a context
-variable; outside a pass they do nothing. No state stays on modules.
+Hooks are registered once per patched model and look for the session of *this* thread's pass in a
+context variable; outside a pass they do nothing. No state stays on modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Session:
         received_layers: layers whose mean attention received is wanted.
         key_layers: layers whose keys are wanted.
         skip_after: blocks beyond this index are skipped; None skips none.
-        select: called with the connector's input, returns the rows that go on; None leaves it alone.
+        select: called with the connector's input, returns the rows that go on; None leaves it
+            alone.
         watch: the stage clock.
         projections: outputs of q and k projections not used yet.
         cls_rows: {layer: [b, heads, n] or per-image list} captured.

@@ -53,7 +53,7 @@ class ThreadState(threading.local):
 
 @dataclass
 class Settings:
-    """What `Handle.set` may change, replaced as a whole so that a running call keeps what it began with.
+    """What `Handle.set` may change; replaced whole, so that a running call is not disturbed.
 
     Attributes:
         pipeline: the methods.

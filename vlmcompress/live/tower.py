@@ -1,8 +1,9 @@
 """Tower blocks whose output nobody reads are skipped; rows are selected before the connector.
 
-LLaVA reads hidden state -2, so its last block runs for nothing. Blocks stay in their ModuleList (the state
-dict keeps its keys): their instance-level forward hands its input on while a compressed pass runs and is
-the class's own otherwise, so that a caller who asks for the tower's outputs gets them.
+LLaVA reads hidden state -2, so its last block runs for nothing. Blocks stay in their ModuleList
+(the state dict keeps its keys): their instance-level forward hands its input on while a compressed
+pass runs and is the class's own otherwise, so that a caller who asks for the tower's outputs gets
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ _INDEX = "_vlmcompress_index"
 
 def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     session = current()
-    if session is not None and session.skip_after is not None and self.__dict__[_INDEX] > session.skip_after:
+    if (
+        session is not None
+        and session.skip_after is not None
+        and self.__dict__[_INDEX] > session.skip_after
+    ):
         return hidden_states
     previous: Callable[..., Any] | None = self.__dict__.get(_PREVIOUS)
     if previous is not None:
@@ -52,7 +57,9 @@ def undo_skippable(layers: nn.ModuleList) -> None:
 
 def may_skip(layers: nn.ModuleList) -> bool:
     """Whether skipping is safe: a checkpointed block is run again in backward, outside the pass."""
-    return not any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers)
+    return not any(
+        getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers
+    )
 
 
 def _before_connector(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
