@@ -163,3 +163,14 @@ def test_ragged_grids_are_grouped():
         want = oracle.masked_logits(model, call, record.kept, record.tokens_before)
         seen = oracle.drop_mask(model, call, record.kept, record.tokens_before).bool()
         assert (got - want)[seen].abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_foreign_encodings_are_used_as_they_are_and_say_so(model):
+    call = tiny.inputs(model, oracle.ONE)
+    want = model(**call).logits
+    output = oracle.encode(model, call)
+    rest = {k: v for k, v in call.items() if k != "pixel_values"}
+    with patch(model, keep=0.25), pytest.warns(UserWarning, match=r"handle\.encode"):
+        got = model(**rest, mm_encoder_outputs={"image": output}).logits
+    assert (got - want).abs().max() < 1e-5

@@ -23,7 +23,13 @@ CONFIG_VERSION = 1
 Positions: TypeAlias = Literal["auto", "original", "contiguous"]
 
 _STAGE = re.compile(
-    r"^\s*(?P<method>[A-Za-z_]\w*)\s*(?:\((?P<options>.*)\))?\s*(?:@(?P<site>[^:]+))?\s*(?::(?P<keep>.+))?\s*$"
+    r"""
+    \s* (?P<method> [A-Za-z_]\w* )
+    \s* (?: \( (?P<options> .*? ) \) (?= \s* (?: [@:] | $ ) ) )?
+    \s* (?: @ (?P<site> [^:]+ ) )?
+    \s* (?: : (?P<keep> .+ ) )?
+    """,
+    re.VERBOSE,
 )
 
 
@@ -61,7 +67,7 @@ class StageConfig:
     @classmethod
     def from_spec(cls, spec: str) -> StageConfig:
         """Parse one stage of a spec string."""
-        match = _STAGE.match(spec)
+        match = _STAGE.fullmatch(spec.rstrip())
         if match is None:
             raise ConfigError(
                 f"Stage {spec!r} of the spec cannot be read; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,16 @@ class ShortCall:
 
 def carries_images(call: Mapping[str, Any]) -> bool:
     """Whether a call brings pixels or an encoding made by `Handle.encode`."""
-    return has_pixels(call) or isinstance(call.get("mm_encoder_outputs"), CompressedEncoding)
+    given = call.get("mm_encoder_outputs")
+    if has_pixels(call) or isinstance(given, CompressedEncoding):
+        return True
+    if given:
+        warnings.warn(
+            "mm_encoder_outputs that were not made by handle.encode(...) are used as they are, "
+            "uncompressed.",
+            stacklevel=2,
+        )
+    return False
 
 
 def encode(model: nn.Module, state: State, call: Mapping[str, Any], watch: Stopwatch) -> Encoded:
