@@ -16,7 +16,7 @@ from vlmcompress import EvidenceError, patch
 from vlmcompress.families import family_of
 from vlmcompress.families.towers import QueriesKeys
 from vlmcompress.live.evidence import attention_received, cls_row
-from vlmcompress.live.pipeline import build
+from vlmcompress.methods.pipeline import build
 from vlmcompress.live.session import Session, current, running
 from vlmcompress.live.timing import Stopwatch
 

@@ -1,4 +1,4 @@
-"""Analytic floating-point operations and cache bytes of a decoder-only language model.
+"""Analytic floating-point operations of a decoder-only language model.
 
 Counts are 2 x multiply-accumulates of the matrix products; attention is not halved for causality,
 as no kernel skips exactly half.
@@ -28,12 +28,6 @@ def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> 
     per_token = 2 * hidden * (q + 2 * kv) + 2 * q * hidden + 3 * 2 * hidden * intermediate
     attention = 2 * 2 * length * length * q
     return batch * (layers * (length * per_token + attention) + 2 * logits * hidden * vocab)
-
-
-def kv_bytes(config: Any, length: int, batch: int, bytes_per_value: int) -> int | None:
-    """Bytes of keys and values of `length` tokens in all layers."""
-    shape = _shape(config)
-    return None if shape is None else 2 * shape[0] * batch * length * shape[4] * bytes_per_value
 
 
 def _shape(config: Any) -> tuple[int, int, int, int, int, int] | None:

@@ -15,10 +15,11 @@ from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
 from vlmcompress.families.base import Grid
-from vlmcompress.live.pipeline import Group, Pipeline, Resolved, Stage, run_stages
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
+from vlmcompress.methods.pipeline import Pipeline, Stage
+from vlmcompress.methods.stages import Group, Resolved, run_stages
 
 #: The arguments that carry an image's pixels, in every supported family.
 PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_images")

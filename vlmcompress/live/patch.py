@@ -19,7 +19,7 @@ from vlmcompress.core.errors import (
 )
 from vlmcompress.core.report import CallRecord, Report
 from vlmcompress.families import Family, family_of
-from vlmcompress.live import calls, pipeline, positions
+from vlmcompress.live import calls, positions
 from vlmcompress.live.encode import CompressedEncoding, has_pixels
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
@@ -27,6 +27,8 @@ from vlmcompress.live.generate import generate
 from vlmcompress.live.state import ATTRIBUTE, Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
+from vlmcompress.methods import pipeline
+from vlmcompress.methods.stages import Resolved
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -147,7 +149,7 @@ def _check_evidence(family: Family, base: nn.Module, built: pipeline.Pipeline) -
             "token; use "
             "'received_attention' or 'divprune'."
         )
-    pipeline.Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+    Resolved.of(needs, len(tower.layers(family.tower_module(base))))
 
 
 def _install(model: Any, state: State) -> None:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmcompress.families import Family
 from vlmcompress.live.evidence import EvidenceHooks
-from vlmcompress.live.pipeline import Pipeline
+from vlmcompress.methods.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from vlmcompress.core.report import CallRecord
