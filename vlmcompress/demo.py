@@ -13,7 +13,7 @@ from vlmcompress.core.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vlmcompress.reference import Sample
+    from vlmcompress.reference.data import Sample
 
 METHODS = ("vtc_cls", "fastervlm", "divprune", "pool", "uniform", "random", "oracle")
 """What is compared; `oracle` keeps the patches that objects cover, known from the drawing."""
@@ -77,7 +77,7 @@ def run(
         image}, `ttft` {keep: seconds} and `method`, to which the three belong.
     """
     from eval_harness import evaluate, plot_curve
-    from vlmcompress.reference import samples
+    from vlmcompress.reference.data import samples
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,8 @@ def questions_about(scene: int) -> list[Sample]:
     Raises:
         ConfigError: for a negative scene.
     """
-    from vlmcompress.reference import KINDS, samples
+    from vlmcompress.reference.data import samples
+    from vlmcompress.reference.questions import KINDS
 
     if scene < 0:
         raise ConfigError(f"scene is {scene}; it must be 0 or more.")
@@ -145,7 +146,7 @@ def answers(
 
 
 def _inputs(model: Any, processor: Any, sample: Sample) -> Any:
-    from vlmcompress.reference import prompt
+    from vlmcompress.reference.tokenizer import prompt
 
     text = prompt(processor, sample.question)
     inputs = processor(text=[text], images=[sample.image], return_tensors="pt")

@@ -36,6 +36,16 @@ _REPAIRS: dict[str, dict[str, Any]] = {
     },
 }
 _PACKAGES = ("torch", "torchvision", "transformers", "huggingface_hub")
+_COLUMNS = (
+    "family",
+    "tower",
+    "[CLS]",
+    "layers read",
+    "tokens per image or tile",
+    "drops",
+    "positions",
+    "default",
+)
 _OPTIONAL = ("accelerate", "bitsandbytes", "datasets", "open_clip_torch", "peft", "vllm")
 
 
@@ -132,7 +142,7 @@ def diagnose(model: PreTrainedModel | PreTrainedConfig | Any) -> Diagnosis:
     Raises:
         UnsupportedModelError: for what has no transformers configuration.
     """
-    config = getattr(model, "config", model)
+    config: Any = getattr(model, "config", model)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model_type, str):
         raise UnsupportedModelError(
@@ -206,7 +216,7 @@ def _examine(model: Any, family: Family) -> Diagnosis:
 
 def _tower(family: Family, base: Any) -> TowerFacts:
     module, tower = family.tower_module(base), family.tower(base)
-    config = module.config
+    config: Any = module.config
     layers = None if tower is None else len(tower.layers(module))
     return TowerFacts(
         type=config.model_type,
@@ -350,8 +360,7 @@ def _version(package: str) -> str | None:
 
 def families_table() -> str:
     """The supported families with the configurations that transformers gives them, as Markdown."""
-    header = "| family | tower | [CLS] | layers read | tokens per image or tile | drops | positions | default |"
-    lines = [header, "| --- " * (header.count("|") - 1) + "|"]
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
     for model_type in SUPPORTED:
         found = diagnose(config_of(model_type))
         tower = found.tower

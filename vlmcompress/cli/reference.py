@@ -32,7 +32,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train from nothing on drawn scenes; a killed run continues where it was."""
-    from vlmcompress.reference import train as run
+    from vlmcompress.reference.training import train as run
 
     weights = run(
         out,
@@ -67,7 +67,7 @@ def evaluate(
     """Accuracy of each method at each budget on held-out scenes, with 95 % intervals."""
     from eval_harness import evaluate as run
     from vlmcompress.core.errors import ConfigError
-    from vlmcompress.reference import samples
+    from vlmcompress.reference.data import samples
 
     if split not in ("train", "validation", "test"):
         raise ConfigError(f"split is {split!r}; allowed are train, validation and test.")

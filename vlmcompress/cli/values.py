@@ -110,7 +110,7 @@ def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any,
     where, target = location(model), device_of(device)
     kind = "auto" if dtype == "auto" else dtype_of(dtype)
     try:
-        loaded = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
         processor = AutoProcessor.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be loaded: {error}") from error
