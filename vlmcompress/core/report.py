@@ -60,7 +60,11 @@ class CallRecord:
 
     @property
     def times(self) -> Mapping[str, float]:
-        """Seconds by stage: tower, evidence, selection, connector, prefill (what was measured)."""
+        """Seconds by stage, in the order of the path.
+
+        `tower` includes `evidence`, which is also told alone; where rows are selected after the
+        connector, `tower and connector` are one stage. Then `selection`, `connector`, `prefill`.
+        """
         return self.clock()
 
     def lines(self) -> list[str]:

@@ -80,12 +80,14 @@ def fresh_output(output: Any) -> Any:
 
 
 class Encoder:
-    """Runs a model's tower under a pipeline."""
+    """Runs a model's tower under a pipeline, once per instance."""
 
     def __init__(
         self, family: Family, base: nn.Module, pipeline: Pipeline, watch: Stopwatch
     ) -> None:
         self._family, self._base, self._pipeline, self._watch = family, base, pipeline, watch
+        self._tower_began: Any = None
+        self._connector_began: Any = None
         self._tower = family.tower(base)
         self._layers = (
             None if self._tower is None else self._tower.layers(family.tower_module(base))
@@ -117,10 +119,13 @@ class Encoder:
             session.select = lambda x: self._select(x, before, session, arguments, first)
         else:
             before, after = (), self._pipeline.stages
-        start = self._watch.mark()
+        self._tower_began = self._watch.mark()
         with running(session):
             output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
-        self._watch.add("encode", start, self._watch.mark())
+        if self._connector_began is None:
+            self._watch.add("tower and connector", self._tower_began, self._watch.mark())
+        else:
+            self._watch.add("connector", self._connector_began, self._watch.mark())
         with self._watch.span("selection"):
             groups = self._after_connector(output.pooler_output, first, session, arguments)
             groups = run_stages(after, groups, self.depth)
@@ -170,12 +175,14 @@ class Encoder:
         out: list[Group],
     ) -> Tensor:
         """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
+        self._watch.add("tower", self._tower_began, self._watch.mark())
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
             out += run_stages(stages, groups, self.depth)
-        if len(out) == 1:
-            return out[0].features
-        return torch.cat([group.features[i] for group, i in _by_owner(out)])[None]
+            rows = [group.features[i] for group, i in _by_owner(out)] if len(out) > 1 else []
+            features = torch.cat(rows)[None] if rows else out[0].features
+        self._connector_began = self._watch.mark()
+        return features
 
     def _group(
         self, units: Sequence[Tensor], session: Session, arguments: Mapping[str, Any]
