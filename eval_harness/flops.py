@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vlmcompress.core.costs import prefill_flops
+from vlmcompress.core.errors import UnsupportedModelError
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -57,24 +60,6 @@ def connector(config: PreTrainedConfig, tokens: int) -> int:
     return 2 * tokens * out * (width + out)
 
 
-def decoder(config: PreTrainedConfig, tokens: int, logits: int = 1) -> int:
-    """Operations of a Llama-like language model and its head.
-
-    Args:
-        config: its text configuration.
-        tokens: prompt length.
-        logits: positions that the head sees.
-    """
-    width, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
-    projections = 2 * tokens * width * (2 * queries + 2 * keys)
-    attention = 2 * 2 * tokens**2 * queries
-    mlp = 3 * 2 * tokens * width * config.intermediate_size
-    head = 2 * logits * width * config.vocab_size
-    return config.num_hidden_layers * (projections + attention + mlp) + head
-
-
 def prefill(
     config: Any,
     *,
@@ -94,8 +79,14 @@ def prefill(
         prompt_tokens: rows that the language model sees.
         tower_layers: layers that the tower runs; all when not given.
     """
+    decoder = prefill_flops(config.text_config, prompt_tokens)
+    if decoder is None:
+        raise UnsupportedModelError(
+            f"No formula for a {config.text_config.model_type!r} language model; dense Llama-like "
+            "stacks are known."
+        )
     return Flops(
         tower(config.vision_config, images, tower_layers),
         connector(config, connector_tokens),
-        decoder(config.text_config, prompt_tokens),
+        decoder,
     )

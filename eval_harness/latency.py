@@ -26,6 +26,7 @@ from eval_harness import flops, machine
 from eval_harness.clock import Clock, ClockKind
 from eval_harness.rounds import Sample, Side, against_floor, evidence, interleave, timings
 from eval_harness.stages import Parts, Trace, parts, timed_call, traced
+from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import ConfigError
 
 DEFAULT = ("vtc_cls", 0.1)
@@ -141,7 +142,7 @@ class _Bench:
         facts = {
             "tokens": self._image_tokens() if kept is None else sum(len(k) for k in kept),
             "prompt_tokens": trace.embeddings.shape[1],
-            "kv_bytes": kv_bytes(output.past_key_values),
+            "kv_bytes": cache_bytes(output.past_key_values),
             "peak_memory_bytes": peak,
             "flops": self._flops(trace, self.handle.last.skipped_layers if patched else 0),
         }
@@ -237,13 +238,3 @@ class _Bench:
 class _Probe:
     facts: dict[str, Any]
     embeddings: Tensor
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a transformers cache holds."""
-    return sum(
-        values.nbytes
-        for layer in cache.layers
-        for values in (layer.keys, layer.values)
-        if values is not None
-    )

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
-from eval_harness import bench, latency, rounds, shapes
+from eval_harness import bench, rounds, shapes
 from eval_harness.clock import Clock
 from eval_harness.stages import parts, timed_call
+from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import ConfigError, UnsupportedModelError
 
 
@@ -60,7 +61,7 @@ def test_kv_bytes_of_a_real_cache(model):
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     layers, heads, head_dim, float32 = 3, 2, 16, 4
-    assert latency.kv_bytes(cache) == 2 * layers * heads * head_dim * 100 * float32
+    assert cache_bytes(cache) == 2 * layers * heads * head_dim * 100 * float32
 
 
 def test_processor_time_stands_still_while_sleeping():

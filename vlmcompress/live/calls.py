@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmcompress.core.costs import prefill_flops
 from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError
-from vlmcompress.core.flops import prefill_flops
 from vlmcompress.core.placement import Placement
 from vlmcompress.core.report import CallRecord
 from vlmcompress.live import inputs, positions
@@ -163,19 +163,6 @@ def mark_cache(cache: Any, record: CacheRecord | None) -> None:
     """Let a cache carry how it was shortened."""
     if cache is not None and record is not None and hasattr(cache, "get_seq_length"):
         setattr(cache, CACHE_ATTRIBUTE, record)
-
-
-def cache_bytes(cache: Any) -> int | None:
-    """Bytes of all keys and values that a cache holds."""
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        return None
-    tensors = [
-        t
-        for layer in layers
-        for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
-    ]
-    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
 def check_cache(cache: Any, record: CacheRecord, width: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import CacheMismatchError
 from vlmcompress.core.placement import Placement
 from vlmcompress.live import calls
@@ -153,7 +154,7 @@ def _after_prefill(state: State, output: Any) -> None:
 def finish(state: State, call: calls.ShortCall, cache: Any, start: Any) -> None:
     """Complete the record of a call once the language model has seen its prompt."""
     call.watch.add("prefill", start, call.watch.mark())
-    state.local.last = dataclasses.replace(call.record, kv_bytes=calls.cache_bytes(cache))
+    state.local.last = dataclasses.replace(call.record, kv_bytes=cache_bytes(cache))
 
 
 def _cache_of(output: Any) -> Any:

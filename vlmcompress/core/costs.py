@@ -1,12 +1,14 @@
-"""Analytic floating-point operations of a decoder-only language model.
+"""What a prompt costs a decoder-only language model: operations by formula, bytes from its cache.
 
-Counts are 2 x multiply-accumulates of the matrix products; attention is not halved for causality,
-as no kernel skips exactly half.
+Operations are 2 x multiply-accumulates of the matrix products; attention is not halved for
+causality, as no kernel skips exactly half.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 
 def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> int | None:
@@ -28,6 +30,15 @@ def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> 
     per_token = 2 * hidden * (q + 2 * kv) + 2 * q * hidden + 3 * 2 * hidden * intermediate
     attention = 2 * 2 * length * length * q
     return batch * (layers * (length * per_token + attention) + 2 * logits * hidden * vocab)
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of all keys and values that a transformers cache holds; None where there are none."""
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        return None
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
 def _shape(config: Any) -> tuple[int, int, int, int, int, int] | None:
