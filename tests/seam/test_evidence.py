@@ -16,9 +16,9 @@ from vlmcompress import EvidenceError, patch
 from vlmcompress.families import family_of
 from vlmcompress.families.towers import QueriesKeys
 from vlmcompress.live.evidence import attention_received, cls_row
-from vlmcompress.methods.pipeline import build
 from vlmcompress.live.session import Session, current, running
 from vlmcompress.live.timing import Stopwatch
+from vlmcompress.methods.pipeline import build
 
 
 @contextlib.contextmanager

@@ -77,15 +77,11 @@ def test_remove_leaves_nothing_behind(models, family):
     assert _traces(model) == []
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
 @torch.no_grad()
-def test_dropping_is_masking(models, family, name):
-    if name in matrix.MERGERS:
-        pytest.skip(next(reason for m, _, reason in matrix.EXEMPT if m == name))
-    model = models(family)
+def check_dropping_is_masking(model, name, kept=0.25):
     call = tiny.inputs(model, oracle.MIXED)
     full = model(**call).logits
-    with patch(model, method(name), keep=0.25, positions="original") as handle:
+    with patch(model, method(name), keep=kept, positions="original") as handle:
         got = model(**call).logits
         record = handle.last
     want = oracle.masked_logits(model, call, record.kept, record.tokens_before)
@@ -96,14 +92,11 @@ def test_dropping_is_masking(models, family, name):
     assert got[~seen & call["attention_mask"].bool()].abs().max() == 0
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
 @torch.no_grad()
-def test_contiguous_is_the_hand_cut_prompt(models, family, name):
-    model = models(family)
+def check_contiguous_is_the_hand_cut_prompt(model, name, kept=0.25):
     call = tiny.inputs(model, [tiny.Prompt(images=2, text=7)])
-    with patch(
-        model, method(name), keep=0.25, positions="contiguous", restore_length=False
-    ) as handle:
+    arguments = {"keep": kept, "positions": "contiguous", "restore_length": False}
+    with patch(model, method(name), **arguments) as handle:
         got = model(**call).logits
         record = handle.last
         short = list(handle.encode(**call)["image"].pooler_output)
@@ -119,20 +112,50 @@ def test_contiguous_is_the_hand_cut_prompt(models, family, name):
     assert (got - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("positions", ["original", "contiguous"])
-@pytest.mark.parametrize(("family", "name"), PAIRS)
 @torch.no_grad()
-def test_a_padded_batch_equals_its_samples(models, family, name, positions):
-    model = models(family)
+def check_a_padded_batch_equals_its_samples(model, name, positions, kept=0.25):
     call = tiny.inputs(model, oracle.MIXED)
     new = 4
-    with patch(model, method(name), keep=0.25, positions=positions):
+    with patch(model, method(name), keep=kept, positions=positions):
         together = model.generate(**call, **oracle.greedy(model, new))
         for b in range(len(oracle.MIXED)):
             single = oracle.row(call, b, model.config.image_token_id, tiny.tokens_per_image(model))
             alone = model.generate(**single, **oracle.greedy(model, new))
             assert torch.equal(alone[0, -new:], together[b, -new:]), f"row {b}"
     assert torch.equal(together[:, :-new], call["input_ids"])
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_dropping_is_masking(models, family, name):
+    if name in matrix.MERGERS:
+        pytest.skip(next(reason for m, _, reason in matrix.EXEMPT if m == name))
+    check_dropping_is_masking(models(family), name)
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_contiguous_is_the_hand_cut_prompt(models, family, name):
+    check_contiguous_is_the_hand_cut_prompt(models(family), name)
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_a_padded_batch_equals_its_samples(models, family, name, positions):
+    check_a_padded_batch_equals_its_samples(models(family), name, positions)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kept", [1, 0.5, "auto"])
+@pytest.mark.parametrize("kernel", matrix.KERNELS)
+@pytest.mark.parametrize(("family", "name"), matrix.everything())
+def test_the_whole_matrix(models, family, name, kernel, kept):
+    if kept == "auto" and not create(name).scored:
+        pytest.skip("auto needs scores")
+    model = models(family, kernel)
+    if name not in matrix.MERGERS:
+        check_dropping_is_masking(model, name, kept)
+    check_contiguous_is_the_hand_cut_prompt(model, name, kept)
+    for positions in ("original", "contiguous"):
+        check_a_padded_batch_equals_its_samples(model, name, positions, kept)
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])
