@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, VipLlavaConfig
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_TEXT_ID, LAST_TEXT_ID = 3, 99
@@ -86,13 +86,14 @@ def _llava_pixtral() -> PreTrainedConfig:
 
 
 def _vipllava() -> PreTrainedConfig:
+    plural = "vision_feature_layers" in VipLlavaConfig.__annotations__  # older transformers
     return _config(
         "vipllava",
         _tower("clip_vision_model", 5, num_hidden_layers=7),
         _text("llama"),
         image_token_index=IMAGE,
         image_seq_length=25,
-        vision_feature_layer=[-2, -4, -6, 3],
+        **{f"vision_feature_layer{plural * 's'}": [-2, -4, -6, 3]},
     )
 
 

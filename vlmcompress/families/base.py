@@ -29,7 +29,7 @@ class Family:
             raster.
         rope: 1-D positions or M-RoPE.
         position_offset: what a plain forward adds to 0-based default positions.
-        tested: whether the family is part of the test matrix.
+        own_tower: how to read the tower of a family that always has the same one.
     """
 
     model_type: str
@@ -39,6 +39,7 @@ class Family:
     merge_order: Literal["raster", "consecutive"] = "raster"
     rope: Literal["1d", "mrope"] = "1d"
     position_offset: int = 0
+    own_tower: Tower | None = None
 
     def tower_module(self, base: nn.Module) -> nn.Module:
         """The vision tower."""
@@ -46,6 +47,8 @@ class Family:
 
     def tower(self, base: nn.Module) -> Tower | None:
         """How to read the tower's attention; None where that is not known."""
+        if self.own_tower is not None:
+            return self.own_tower
         config = getattr(self.tower_module(base), "config", None)
         return TOWERS.get(getattr(config, "model_type", ""))
 

@@ -18,6 +18,7 @@ class Llava(Family):
     """Reads the hidden states `vision_feature_layer` names; the connector is an MLP per patch."""
 
     connector_path: str | None = "multi_modal_projector"
+    layer_names: tuple[str, ...] = ("vision_feature_layer",)
 
     def connector(self, base: nn.Module) -> nn.Module | None:
         """None for Pixtral towers, whose ragged images are split by size after it."""
@@ -27,11 +28,11 @@ class Llava(Family):
         return base.get_submodule(self.connector_path)
 
     def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
-        """From `vision_feature_layer`, of the call or the config."""
+        """From `vision_feature_layer` of the call or the config."""
         config: Any = base.config
-        layer = call.get("vision_feature_layer")
-        layer = config.vision_feature_layer if layer is None else layer
-        return last_hidden_state_read(layer, depth)
+        given = [call[name] for name in self.layer_names if call.get(name) is not None]
+        known = [vars(config)[name] for name in self.layer_names if name in vars(config)]
+        return last_hidden_state_read((given or known)[0], depth)
 
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
         """Square, or from `image_sizes` for Pixtral towers."""

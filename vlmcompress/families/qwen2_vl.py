@@ -1,7 +1,13 @@
 """Qwen2-VL: packed ViT with rotary patches, 2x2 merger (merge order), M-RoPE."""
 
 from vlmcompress.families.base import GridFamily
+from vlmcompress.families.towers import PackedTower
 
 FAMILY = GridFamily(
-    "qwen2_vl", tower_path="visual", merge=2, merge_order="consecutive", rope="mrope"
+    "qwen2_vl",
+    tower_path="visual",
+    merge=2,
+    merge_order="consecutive",
+    rope="mrope",
+    own_tower=PackedTower(),
 )

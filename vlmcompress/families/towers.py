@@ -121,12 +121,9 @@ def last_hidden_state_read(feature_layer: int | Sequence[int], depth: int) -> in
     return max((layer % (depth + 1)) - 1 for layer in layers)
 
 
+#: Towers that families choose by their vision configuration's model type.
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(has_cls=True),
     "siglip_vision_model": Tower(),
     "siglip2_vision_model": Tower(),
-    "ovis2_vision": Tower(layers_path="transformer.encoder.layers", attention="attention"),
-    "qwen2_vl_vision": PackedTower(),
-    "glm4v_vision": PackedTower(),
-    "kimi_k25_vision": PackedTower(layers_path="layers", fused=False),
 }
