@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -26,7 +27,7 @@ def _facts(sample) -> tuple:
 def test_splits_are_disjoint():
     top = 2**40 - 1
     ranges = [(split.seed(0), split.seed(top)) for split in Split]
-    for (_, last), (first, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, last), (first, _) in itertools.pairwise(ranges):
         assert last < first
     for bad in (-1, top + 1):
         with pytest.raises(ValueError, match="scene index"):

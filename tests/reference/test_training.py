@@ -24,9 +24,9 @@ from vlmcompress.reference.model import Shape, build_model, cls_attention, run_t
 from vlmcompress.reference.questions import KINDS
 from vlmcompress.reference.scenes import Split, scene
 from vlmcompress.reference.selection import objects_and_ground, score_patches
-from vlmcompress.reference.stages import Mix
 from vlmcompress.reference.text_head import TextHead
 from vlmcompress.reference.tokenizer import build_processor, build_tokenizer
+from vlmcompress.reference.trainee import Mix
 
 TINY = Shape(
     width=48,
@@ -39,25 +39,33 @@ TINY = Shape(
     text_width=32,
     text_layers=1,
 )
-BATCH = {"tower": 2, "language": 2, "joint": 2}
+SMALL = {
+    "shape": TINY,
+    "batch": {"tower": 2, "language": 2, "joint": 2},
+    "test_scenes": 2,
+    "device": "cpu",
+}
 EVEN = np.full(len(KINDS), 1 / len(KINDS))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    weights = train(folder, steps=12, processes=2, device="cpu", shape=TINY, batch=BATCH)
+    weights = train(folder, steps=12, processes=2, **SMALL)
     return folder, weights
 
 
 def test_stages_run_and_log(run):
     folder, _ = run
     for stage in ("tower", "language", "joint"):
-        assert read_state(folder / f"{stage}.safetensors")["step"] >= 4
+        assert read_state(folder / f"{stage}.safetensors")["step"] >= 3
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validation = next(row["validation"] for row in rows if "validation" in row)
     assert set(KINDS) < set(validation["all@196"])
     assert "cls@20" in validation
+    log = json.loads((folder / "training_log.json").read_text())
+    assert set(log["stages"]) == {"tower", "language", "joint"}
+    assert "| cls@20 |" in (folder / "weights" / "README.md").read_text()
 
 
 def test_export_loads_in_plain_transformers(run):
@@ -78,13 +86,13 @@ def test_export_loads_in_plain_transformers(run):
 def test_finished_run_is_not_repeated(run):
     folder, _ = run
     before = (folder / "joint.safetensors").stat().st_mtime_ns
-    train(folder, steps=12, processes=2, device="cpu", shape=TINY, batch=BATCH)
+    train(folder, steps=12, processes=2, **SMALL)
     assert (folder / "joint.safetensors").stat().st_mtime_ns == before
 
 
 def _train_for_long(folder):
     os.setsid()
-    options = {"steps": 400, "processes": 1, "device": "cpu", "shape": TINY, "batch": BATCH}
+    options = {"steps": 400, "processes": 1, **SMALL}
     train(folder, pulse=0.0, **options)
 
 
@@ -102,7 +110,7 @@ def test_killed_run_continues(tmp_path):
     process.join()
     killed_at = read_state(checkpoint)["step"]
     assert 3 <= killed_at < 70
-    done = train(tmp_path, steps=30, processes=1, device="cpu", shape=TINY, batch=BATCH)
+    done = train(tmp_path, steps=30, processes=1, **SMALL)
     assert (done / "config.json").exists()
     steps = [
         row["step"]

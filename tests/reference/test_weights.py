@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from vlmcompress.reference import (
     prompt,
     samples,
 )
+from vlmcompress.reference.curve import TRAINING_LOG, card
 from vlmcompress.reference.model import cls_attention
 from vlmcompress.reference.scenes import OBJECT_SHARE
 
@@ -66,6 +68,13 @@ def test_plain_transformers_loads_the_folder():
     for one, two in zip(model.parameters(), ours.parameters(), strict=True):
         assert torch.equal(one, two)
     assert type(AutoProcessor.from_pretrained(WEIGHTS_DIR)).__name__ == "LlavaProcessor"
+
+
+def test_card_is_made_from_the_training_log():
+    log = json.loads(TRAINING_LOG.read_text())
+    assert (WEIGHTS_DIR / "README.md").read_text() == card(log)
+    assert log["test"]["all@196"]["mean"] >= 0.88
+    assert log["test"]["cls@20"]["mean"] > log["test"]["random@20"]["mean"] + 0.1
 
 
 def test_shape_of_the_model():

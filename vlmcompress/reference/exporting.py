@@ -9,8 +9,8 @@ import torch
 
 from .checkpoint import load_parameters
 from .model import Shape
-from .stages import Trainee
 from .tokenizer import build_processor
+from .trainee import Trainee
 
 TEXT_HEAD = "text_head"
 

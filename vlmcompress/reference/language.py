@@ -91,10 +91,11 @@ def run_llm(
     answers = out.last_hidden_state[:, 1 + kept.shape[1] :][wanted]
     looks = None
     if pointing:
-        middle, k = len(out.attentions) // 2, kept.shape[1]
+        depth, k = len(out.attentions), kept.shape[1]
+        early, middle = depth // 8, depth // 2  # layers 1 and 2, 4 and 5 of eight
         looks = Looks(
-            words=looks_at(out.attentions, range(max(1, middle - 3), middle - 1), k),
-            answers=looks_at(out.attentions, range(middle, middle + 2), k),
+            words=looks_at(out.attentions, range(early, max(early + 1, 3 * depth // 8)), k),
+            answers=looks_at(out.attentions, range(middle, middle + max(1, depth // 4)), k),
         )
     return model.lm_head(answers).float(), packed.target[wanted], looks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -12,68 +11,19 @@ from transformers import PreTrainedTokenizerFast
 
 from . import losses
 from .batches import Batch, Encoder, Packed, make_batch
-from .codes import Codes
-from .labels import CLS_LABELS
 from .language import Looks, run_llm
-from .model import Shape, TowerStates, build_model, run_tower
-from .questions import ANSWERS, KINDS
+from .model import TowerStates, run_tower
+from .questions import KINDS
 from .scenes import PATCHES, Split
 from .selection import draw_budget, objects_and_ground, score_patches, top
 from .simulate import simulate_tokens
-from .text_head import TextHead, contrastive_loss
+from .text_head import contrastive_loss
+from .trainee import CLS_LAYERS, Mix, Trainee
 
-CLS_LAYERS = (-4, -3, -2, -1)
 _POINTING = 0.5  # weight of answers looking at the asked objects
 _WORD_POINTING = 0.2  # weight of words looking at what they name
 _CHEAP = 64  # patches of a cheap tower step
-_CHANCE = np.array([1 / (2 if kind == "relation" else len(ANSWERS[kind])) for kind in KINDS])
 _SEEDS = 10**9  # scene indices of a stage: far from those of the others
-
-
-class Trainee(nn.Module):
-    """The model, its text head, and the heads that only training needs."""
-
-    def __init__(self, shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        super().__init__()
-        self.model = build_model(shape, seed)
-        self.model.set_attn_implementation("eager")  # the fused backward is slow on CPUs
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            self.text_head = TextHead(shape)
-            self.text_head.text.set_attn_implementation("eager")
-            self.present = nn.ModuleDict(
-                {
-                    str(i): nn.Sequential(
-                        nn.LayerNorm(shape.width), nn.Linear(shape.width, CLS_LABELS)
-                    )
-                    for i in CLS_LAYERS
-                }
-            )
-            self.place = nn.Linear(shape.width, 3)
-        self.codes = Codes(tokenizer, shape.width)
-
-    @property
-    def embedding(self) -> Tensor:
-        """The word embedding, ``[vocabulary, width]``."""
-        return self.model.get_input_embeddings().weight
-
-
-@dataclass
-class Mix:
-    """Accuracy per kind, and from it how often each kind is asked: stuck kinds more often."""
-
-    accuracy: np.ndarray = field(default_factory=_CHANCE.copy)
-
-    def update(self, right: np.ndarray, asked: np.ndarray) -> None:
-        """Take in the counts of one step."""
-        seen = asked > 0
-        rate = np.minimum(0.1, 0.004 * asked[seen])
-        self.accuracy[seen] += rate * (right[seen] / asked[seen] - self.accuracy[seen])
-
-    def probabilities(self) -> np.ndarray:
-        """``[8]`` probabilities of the kinds."""
-        need = np.clip((1 - self.accuracy) / (1 - _CHANCE), 0.2, 1)
-        return need / need.sum()
 
 
 class Stage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from .batches import Batch, Encoder, make_batch
 from .language import run_llm
@@ -12,7 +13,6 @@ from .model import TowerStates, run_tower
 from .questions import KINDS
 from .scenes import PATCHES, Split
 from .selection import score_patches, top
-from .stages import Trainee
 
 SETTINGS = (
     ("all", PATCHES, False),
@@ -24,20 +24,24 @@ _EVEN = np.full(len(KINDS), 1 / len(KINDS))
 
 
 def _answers(
-    trainee: Trainee, states: TowerStates, tokens: Tensor, batch: Batch, setting: tuple
+    model: LlavaForConditionalGeneration,
+    states: TowerStates,
+    tokens: Tensor,
+    batch: Batch,
+    setting: tuple[str, int, bool],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right answers and questions per kind under one setting."""
     how, keep, contiguous = setting
     attention = states.attention[-2][:, 1:]
     share = batch.labels["share"].to(tokens.device)
-    draw = torch.Generator().manual_seed(keep)
+    draw = torch.Generator().manual_seed(batch.scenes[0].scene_id % 2**40)
     score = torch.ones_like(share)
     if how != "all":
         score = score_patches(how, attention, share, draw)
     kept = top(score, keep)
     tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
     packed = batch.packed.to(tokens.device)
-    logits, target, _ = run_llm(trainee.model, tokens, kept, packed, contiguous)
+    logits, target, _ = run_llm(model, tokens, kept, packed, contiguous)
     wanted = packed.target != -100
     answer = packed.answer[wanted]
     right = (logits.argmax(-1) == target)[answer].cpu().numpy()
@@ -47,25 +51,28 @@ def _answers(
 
 @torch.no_grad()
 def validate(
-    trainee: Trainee, encode: Encoder, scenes: int = 64, split: Split = Split.VALIDATION
+    model: LlavaForConditionalGeneration,
+    encode: Encoder,
+    scenes: int = 64,
+    split: Split = Split.VALIDATION,
 ) -> dict[str, dict[str, float]]:
     """Accuracy per kind and its unweighted mean, for each setting.
 
     Args:
-        trainee: what is being trained.
+        model: the reference model.
         encode: the tokenizer's memory.
         scenes: how many; each is asked twelve questions.
         split: where they come from.
     """
     counts = {s: [np.zeros(8), np.zeros(8)] for s in SETTINGS}
-    model = trainee.model.model
+    device = model.device
     for first in range(0, scenes, 16):
         batch = make_batch(split, range(first, min(scenes, first + 16)), 12, _EVEN, encode)
-        states = run_tower(model.vision_tower, batch.pixels().to(trainee.embedding.device), None)
-        tokens = model.multi_modal_projector(states.hidden[-2][:, 1:])
+        states = run_tower(model.model.vision_tower, batch.pixels().to(device), None)
+        tokens = model.model.multi_modal_projector(states.hidden[-2][:, 1:])
         for setting, sums in counts.items():
             for total, part in zip(
-                sums, _answers(trainee, states, tokens, batch, setting), strict=True
+                sums, _answers(model, states, tokens, batch, setting), strict=True
             ):
                 total += part
     table = {}

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .checkpoint import load_checkpoint, load_parameters, save_checkpoint
 from .model import Shape
-from .stages import STAGES, JointStage, Mix, Stage, Trainee
+from .stages import STAGES, JointStage, Stage
 from .tokenizer import build_tokenizer
+from .trainee import Mix, Trainee
 from .validate import validate
 
 _WARMUP = 100
@@ -172,7 +173,8 @@ class Worker:
         if self.job.rank == 0 and self.job.stage == JointStage.name:
             kind = torch.device(self.job.device).type
             with torch.autocast(kind, torch.bfloat16):
-                self.log({"validation": validate(self.stage.trainee, self.stage.encode)})
+                table = validate(self.stage.trainee.model, self.stage.encode)
+                self.log({"validation": table})
         self.validated = self.seconds
 
     def run(self) -> None:
