@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_ARGS ?=
-BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --new-tokens 0
+BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 RESULTS := docs/assets
 
 .PHONY: setup demo test test-matrix lint bench results readme

@@ -28,6 +28,9 @@ def bench(
         int, typer.Option(min=0, help="Tokens generated for the time per token; 0 for none.")
     ] = 16,
     text_tokens: Annotated[int, typer.Option(min=2, help="Length of the text prompt.")] = 64,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
+    ] = "wall",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -41,9 +44,8 @@ def bench(
     if model is not None and random_weights is not None:
         raise typer.BadParameter("give --model or --random-weights, not both")
     configs = [(m, keep_of(k)) for m in words(methods) for k in words(keeps)]
-    with progress("loading"):
-        loaded = _model(model, random_weights, dtype, device)
-        inputs = example_inputs(loaded, text_tokens=text_tokens)
+    loaded = _model(model, random_weights, dtype, device)
+    inputs = example_inputs(loaded, text_tokens=text_tokens)
     with progress("bench", 2 * len(configs)) as bar:
 
         def tick(line: str) -> None:
@@ -58,6 +60,7 @@ def bench(
             warmup=warmup,
             new_tokens=new_tokens,
             progress=tick,
+            clock=clock,  # type: ignore[arg-type]  # checked there
         )
     if results["floor_ratio"] is None:
         results["floor_ratio"] = results["configs"][0]["floor_ratio"]
@@ -65,11 +68,20 @@ def bench(
 
 
 def _model(name: str | None, shape: str | None, dtype: str, device: str) -> Any:
-    if shape is None:
-        return load(name or REFERENCE, dtype, device)[0]
-    from eval_harness import build
+    if shape is not None:
+        from eval_harness import build
 
-    return build(shape, dtype_of(dtype), device_of(device))
+        return build(shape, dtype_of(dtype), device_of(device))
+    from vlmcompress.core.errors import UnsupportedModelError
+
+    model, _ = load(name or REFERENCE, dtype, device)
+    kind, tower = model.config.model_type, model.config.vision_config.model_type
+    if kind != "llava" or tower == "pixtral":
+        raise UnsupportedModelError(
+            f"bench makes its own inputs for LLaVA models with square images; {name!r} is {kind} "
+            f"with a {tower}. Call eval_harness.bench with inputs of its processor."
+        )
+    return model
 
 
 def _text(results: dict[str, Any]) -> str:

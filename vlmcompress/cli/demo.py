@@ -27,8 +27,7 @@ def demo(
     """
     from vlmcompress import demo as demos
 
-    with progress("loading"):
-        model, processor = load(weights, device="cpu")
+    model, processor = load(weights, device="cpu")
     plan = demos.QUICK if quick else demos.FULL
     with progress("demo", plan.steps) as bar:
         results = demos.run(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress
+from vlmcompress.cli.output import Json, emit
 from vlmcompress.cli.values import REFERENCE, keep_of, load
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def generate(
     budget = None if keep is None else keep_of(keep)
     if overlay is not None and method is None and budget is None:
         raise typer.BadParameter("An overlay needs --method or --keep.", param_hint="--overlay")
-    with progress("loading"):
-        loaded, processor = load(model, dtype, device)
+    loaded, processor = load(model, dtype, device)
     results: dict[str, Any] = {"model": model, "method": None, "keep": None}
     if method is None and budget is None:
         answer = _ask(loaded, processor, picture, prompt, max_new_tokens)

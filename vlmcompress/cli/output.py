@@ -72,16 +72,9 @@ def _is_number(cell: str) -> bool:
 
 
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[tqdm]:
-    """A progress bar on stderr; the loaders' own bars are switched off meanwhile."""
+def progress(description: str, total: int) -> Iterator[tqdm]:
+    """A progress bar on stderr."""
     from tqdm import tqdm
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with tqdm(desc=description, total=total, leave=False) as bar:
-            yield bar
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with tqdm(desc=description, total=total, leave=False) as bar:
+        yield bar

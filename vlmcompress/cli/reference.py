@@ -71,8 +71,7 @@ def evaluate(
 
     if split not in ("train", "validation", "test"):
         raise ConfigError(f"split is {split!r}; allowed are train, validation and test.")
-    with progress("loading"):
-        model, processor = load(weights, device=device)
+    model, processor = load(weights, device=device)
     with progress("batches", math.ceil(n / _BATCH)) as bar:
         results = run(
             model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vlmcompress.core.errors import ConfigError, UnsupportedModelError
@@ -110,8 +112,23 @@ def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any,
     where, target = location(model), device_of(device)
     kind = "auto" if dtype == "auto" else dtype_of(dtype)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
-        processor = AutoProcessor.from_pretrained(where)
+        with _quiet() if model == REFERENCE else nullcontext():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
+            processor = AutoProcessor.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be loaded: {error}") from error
     return loaded.to(target).eval(), processor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loaders' bars: the small model is there in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
