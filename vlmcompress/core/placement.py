@@ -35,6 +35,13 @@ class Placement:
     removed: Tensor
     side: Side
 
+    @classmethod
+    def everything(cls, batch: int, length: int, device: torch.device) -> Placement:
+        """The placement of `batch` rows of `length` columns that drops nothing."""
+        index = torch.arange(length, device=device).expand(batch, -1)
+        stay = torch.ones(batch, length, dtype=torch.bool, device=device)
+        return cls(index, stay, length, stay, ~stay, "left")
+
     @property
     def dropped(self) -> Tensor:
         """[B] int64 visual tokens dropped from each row."""
@@ -73,6 +80,19 @@ class Placement:
         """Shorten the first L columns of `values` ([..., B, L + t]) and leave the later ones."""
         first, later = values[..., : self.length], values[..., self.length :]
         return torch.cat([self.take(first, fill), later], dim=-1)
+
+    def grown(self, length: int) -> Placement:
+        """This placement with later columns, up to `length`, that all stay."""
+        rows, device = self.index.shape[0], self.index.device
+        return self.join(Placement.everything(rows, length - self.length, device))
+
+    def join(self, later: Placement) -> Placement:
+        """This placement followed by that of the columns after its own."""
+        pairs = ((self.valid, later.valid), (self.kept, later.kept), (self.removed, later.removed))
+        valid, kept, removed = (torch.cat(pair, 1) for pair in pairs)
+        shifted = torch.where(later.valid, later.index + self.length, 0)
+        index = torch.cat([self.index, shifted], 1)
+        return Placement(index, valid, self.length + later.length, kept, removed, later.side)
 
     def short_column(self) -> Tensor:
         """[B, L] the short column of each of the caller's columns, -1 where dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlmcompress.core.costs import prefill_flops
-from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError
+from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.placement import Placement
 from vlmcompress.core.report import CallRecord
-from vlmcompress.live import inputs, positions
+from vlmcompress.live import conversation, inputs, positions
+from vlmcompress.live.conversation import CacheRecord
 from vlmcompress.live.encode import CompressedEncoding, Encoded, Encoder, fresh_output, has_pixels
-from vlmcompress.live.state import CACHE_ATTRIBUTE, State
+from vlmcompress.live.state import State
 from vlmcompress.live.timing import Stopwatch
-
-
-@dataclass(frozen=True)
-class CacheRecord:
-    """How a cache came to be shorter than the prompt; it lives on the cache object.
-
-    Attributes:
-        placement: columns of the first prompt that are in the cache.
-        mode: resolved position mode.
-        next_position: [B] position of the first token after the prompt, None if it is L'.
-    """
-
-    placement: Placement
-    mode: positions.Mode
-    next_position: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -81,27 +68,36 @@ def encode(model: nn.Module, state: State, call: Mapping[str, Any], watch: Stopw
         tower = state.family.tower(base)
         assert tower is not None  # evidence hooks exist only then
         state.evidence.refresh(tower.layers(state.family.tower_module(base)))
-    return Encoder(state.family, base, state.settings.pipeline, watch).encode(call)
+    pipeline = state.settings.pipeline
+    if not state.active:
+        pipeline = dataclasses.replace(pipeline, stages=())
+    return Encoder(state.family, base, pipeline, watch).encode(call)
 
 
 def prepare(model: nn.Module, state: State, call: dict[str, Any], *, generating: bool) -> ShortCall:
     """Encode the images of `call` and cut everything that runs along its ids."""
-    cache = call.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedInputError(
-            "The call brings new images together with a filled past_key_values; send the whole "
-            "conversation "
-            "without the cache."
-        )
     watch = Stopwatch(inputs.require_ids(call).device)
     encoded = encode(model, state, call, watch)
+    cache = call.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        return _prepare_later(model, state, call, encoded, watch, generating)
+    return _prepare_first(model, state, call, encoded, watch, generating)
+
+
+def _prepare_first(
+    model: nn.Module,
+    state: State,
+    call: dict[str, Any],
+    encoded: Encoded,
+    watch: Stopwatch,
+    generating: bool,
+) -> ShortCall:
     mode = positions.resolve(state.settings.pipeline.config.positions, state.family)
     placement = inputs.prompt_placement(model, call, encoded, generating=generating)
     if not encoded.compressed:
         arguments = inputs.without_pixels(model, call, encoded.output)
-        return ShortCall(
-            arguments, None, None, _record(model, state, encoded, None, call, mode, watch), watch
-        )
+        record = _record(model, state, encoded, None, call, mode, watch)
+        return ShortCall(arguments, None, None, record, watch)
     ids = positions.shortened(model, state.family, call, placement, mode, generating=generating)
     arguments = inputs.shorten(model, call, placement, ids)
     arguments["mm_encoder_outputs"] = {"image": encoded.output}
@@ -109,9 +105,31 @@ def prepare(model: nn.Module, state: State, call: dict[str, Any], *, generating:
     if generating and following is not None:
         following = following + state.family.position_offset
     _set_rope_deltas(model, state, following, placement)
-    cache_record = CacheRecord(placement, mode, following)
+    known = CacheRecord(placement, mode, following, call["input_ids"], weakref.ref(model))
     record = _record(model, state, encoded, placement, call, mode, watch)
-    return ShortCall(arguments, placement, cache_record, record, watch)
+    return ShortCall(arguments, placement, known, record, watch)
+
+
+def _prepare_later(
+    model: nn.Module,
+    state: State,
+    call: dict[str, Any],
+    encoded: Encoded,
+    watch: Stopwatch,
+    generating: bool,
+) -> ShortCall:
+    """A later turn that brings images of its own."""
+    cache, ids = call["past_key_values"], call["input_ids"]
+    known = conversation.record_of(cache)
+    if known is None:
+        mode = positions.resolve(state.settings.pipeline.config.positions, state.family)
+        known = conversation.plain_record(model, state.family, cache, mode, len(ids))
+    turn_of = conversation.generate_turn if generating else conversation.forward_turn
+    arguments, turn, grown = turn_of(model, state.family, call, known, encoded)
+    _set_rope_deltas(model, state, grown.next_position, turn.whole)
+    record = _record(model, state, encoded, turn.whole, call, known.mode, watch)
+    cut = turn.whole if generating else turn.new
+    return ShortCall(arguments, cut, grown, record, watch)
 
 
 def _set_rope_deltas(
@@ -131,8 +149,10 @@ def _record(
     mode: positions.Mode,
     watch: Stopwatch,
 ) -> CallRecord:
-    batch, length = call["input_ids"].shape
-    short = length if placement is None else placement.short_length
+    batch, given = call["input_ids"].shape
+    length, short = (given, given)
+    if placement is not None:
+        length, short = placement.length, placement.short_length
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
     return CallRecord(
         method=state.settings.pipeline.config.to_spec(),
@@ -152,36 +172,3 @@ def _record(
         prefill_flops_before=prefill_flops(text, length, batch),
         clock=watch.seconds,
     )
-
-
-def cache_record(cache: Any) -> CacheRecord | None:
-    """What a cache knows about its shortened prompt."""
-    return getattr(cache, CACHE_ATTRIBUTE, None)
-
-
-def mark_cache(cache: Any, record: CacheRecord | None) -> None:
-    """Let a cache carry how it was shortened."""
-    if cache is not None and record is not None and hasattr(cache, "get_seq_length"):
-        setattr(cache, CACHE_ATTRIBUTE, record)
-
-
-def check_cache(cache: Any, record: CacheRecord, width: int) -> None:
-    """Refuse caches that cannot hold what their record says.
-
-    Raises:
-        CacheMismatchError: when the cache was cropped or re-ordered, or the ids are not its
-            prompt's.
-    """
-    held, prompt = cache.get_seq_length(), record.placement
-    if held < prompt.short_length:
-        raise CacheMismatchError(
-            f"The cache holds {held} tokens but was filled with {prompt.short_length}; it was "
-            "cropped or "
-            "reset. Start again without it."
-        )
-    if width < prompt.length:
-        raise CacheMismatchError(
-            f"The ids have {width} columns, the cache's prompt had {prompt.length}; a returned "
-            "cache goes "
-            "with the full ids it was made from and what follows them."
-        )

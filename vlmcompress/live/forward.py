@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.costs import cache_bytes
-from vlmcompress.core.errors import CacheMismatchError
 from vlmcompress.core.placement import Placement
-from vlmcompress.live import calls
+from vlmcompress.live import calls, conversation
 from vlmcompress.live.inputs import by_name
 from vlmcompress.live.state import State, state_of
 
@@ -45,14 +44,17 @@ def before_forward(
     local.pending = None
     if local.generating:
         return _inside_generate(module, args, kwargs)
-    if not state.active:
-        return None
     call = by_name(type(module).forward, args, kwargs)
+    record = conversation.record_of(call.get("past_key_values"))
+    if not state.active and record is None:
+        return None
     if calls.carries_images(call):
         return (), _shorten(module, state, call)
-    record = calls.cache_record(call.get("past_key_values"))
     if record is not None:
-        return (), _continue(state, call, record)
+        # Also while disabled: the cache is short whatever happens now.
+        arguments, _, grown = conversation.forward_turn(module, state.family, call, record, None)
+        conversation.mark(call["past_key_values"], grown)
+        return (), arguments
     if call.get("past_key_values") is None:
         state.calls["without"] += 1
     return None
@@ -93,37 +95,6 @@ def _asked_rows(asked: int | Tensor, placement: Placement) -> tuple[Tensor, Tens
     return columns, rows if len(rows) else rows.new_zeros(1)
 
 
-def _continue(state: State, call: dict[str, Any], record: calls.CacheRecord) -> dict[str, Any]:
-    """A forward over a shortened cache: the caller's mask and positions are cut likewise."""
-    cache, ids = call["past_key_values"], call.get("input_ids")
-    new = ids if ids is not None else call["inputs_embeds"]
-    held, width, placement = cache.get_seq_length(), new.shape[1], record.placement
-    if held < placement.short_length:
-        calls.check_cache(cache, record, placement.length)
-    if new.shape[0] != placement.index.shape[0]:
-        raise CacheMismatchError(
-            f"The cache was filled by {placement.index.shape[0]} rows, the call has {new.shape[0]}."
-        )
-    out = dict(call)
-    mask = call.get("attention_mask")
-    if mask is None and not bool(placement.valid.all()):
-        mask = torch.ones(
-            new.shape[0], held + placement.shortened_by + width, device=placement.index.device
-        )
-        mask = mask.long()
-    if mask is not None and mask.shape[-1] != held + width:
-        out["attention_mask"] = placement.extend(mask, 0)
-    given = call.get("position_ids")
-    if given is not None:
-        if record.mode == "contiguous" and state.family.rope == "1d":
-            out["position_ids"] = given - placement.dropped[:, None]
-    elif record.next_position is not None:
-        later = torch.arange(held - placement.short_length, held - placement.short_length + width)
-        ids_ = record.next_position[:, None] + later.to(record.next_position.device)
-        out["position_ids"] = ids_.expand(3, -1, -1) if state.family.rope == "mrope" else ids_
-    return out
-
-
 def after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the outer model."""
     state = state_of(module)
@@ -137,7 +108,7 @@ def after_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: 
         return None
     cache = _cache_of(output)
     finish(state, pending.call, cache, pending.start)
-    calls.mark_cache(cache, pending.call.cache)
+    conversation.mark(cache, pending.call.cache)
     placement = pending.call.placement
     if placement is None or not state.restore_length:
         return None

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from vlmcompress.core.errors import UnsupportedInputError
-from vlmcompress.live import calls, inputs
+from vlmcompress.live import calls, conversation, inputs
 from vlmcompress.live.inputs import by_name
 from vlmcompress.live.state import State, state_of
 
@@ -29,14 +29,16 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with images compressed; the same arguments and return value."""
     state = state_of(self)
     native: Callable[..., Any] = type(self).generate.__get__(self)
-    if state is None or not state.active or state.local.generating:
+    if state is None or state.local.generating:
         return native(*args, **kwargs)
     call = by_name(GenerationMixin.generate, args, kwargs)
+    record = conversation.record_of(call.get("past_key_values"))
+    if not state.active and record is None:
+        return native(*args, **kwargs)
     if call.get("inputs") is not None:
         call["input_ids"] = call.pop("inputs")
     if calls.carries_images(call):
         return _with_images(self, state, native, call)
-    record = calls.cache_record(call.get("past_key_values"))
     if record is not None:
         return _with_cache(self, state, native, call, record)
     state.calls["without"] += 1
@@ -57,8 +59,8 @@ def _with_images(model: Any, state: State, native: Callable[..., Any], call: dic
         arguments = _adjust_lengths(model, arguments, short.placement.shortened_by)
     state.local.prefill = (short, short.watch.mark())
     result = _run(state, native, arguments)
-    calls.mark_cache(call.get("past_key_values"), short.cache)
-    calls.mark_cache(getattr(result, "past_key_values", None), short.cache)
+    conversation.mark(call.get("past_key_values"), short.cache)
+    conversation.mark(getattr(result, "past_key_values", None), short.cache)
     if short.placement is None:
         return result
     return _put_back(result, call["input_ids"], short.placement.short_length)
@@ -69,29 +71,18 @@ def _with_cache(
     state: State,
     native: Callable[..., Any],
     call: dict[str, Any],
-    record: calls.CacheRecord,
+    record: conversation.CacheRecord,
 ) -> Any:
-    """A later turn over a shortened cache: its longer ids are shortened by what the cache knows."""
+    """A later turn without images over a shortened cache."""
+    inputs.require_ids(call)
     call = _with_mask(model, call)
-    ids, placement = call["input_ids"], record.placement
-    calls.check_cache(call["past_key_values"], record, ids.shape[1])
-    arguments = dict(call)
-    arguments["input_ids"] = placement.extend(ids, inputs.pad_id(model))
-    arguments["attention_mask"] = placement.extend(call["attention_mask"], 0)
-    for name, fill in inputs.ALIGNED.items():
-        if isinstance(call.get(name), Tensor):
-            arguments[name] = placement.extend(call[name], fill)
-    if record.mode == "original" and state.family.rope == "1d":
-        full = model._prepare_position_ids_for_generation(
-            ids, {"attention_mask": call["attention_mask"]}
-        )
-        arguments["position_ids"] = placement.extend(full, 0)
-    short_length = arguments["input_ids"].shape[1]
-    arguments = _show_full_ids(ids, short_length, arguments)
-    arguments = _adjust_lengths(model, arguments, placement.shortened_by)
+    arguments, turn, grown = conversation.generate_turn(model, state.family, call, record, None)
+    arguments = _show_full_ids(call["input_ids"], turn.whole.short_length, arguments)
+    arguments = _adjust_lengths(model, arguments, turn.whole.shortened_by)
     result = _run(state, native, arguments)
-    calls.mark_cache(getattr(result, "past_key_values", None), record)
-    return _put_back(result, ids, short_length)
+    conversation.mark(call["past_key_values"], grown)
+    conversation.mark(getattr(result, "past_key_values", None), grown)
+    return _put_back(result, call["input_ids"], turn.whole.short_length)
 
 
 def _run(state: State, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:

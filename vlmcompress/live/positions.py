@@ -66,15 +66,21 @@ def _full(model: nn.Module, family: Family, call: Mapping[str, Any], *, generati
     default = torch.arange(ids.shape[1], device=ids.device) + family.position_offset
     if family.rope == "1d":
         return default.expand_as(ids)
+    full = rotary(model, call)
+    return default.expand(3, *ids.shape) if full is None else full
+
+
+def rotary(model: Any, call: Mapping[str, Any]) -> Tensor | None:
+    """[3, B, L] the M-RoPE positions of a plain forward, None where the call has no images."""
+    ids: Tensor = call["input_ids"]
     names = ("image_grid_thw", "video_grid_thw", "attention_mask", "mm_token_type_ids")
-    base = model.base_model
-    full = base.compute_3d_position_ids(  # type: ignore[operator,union-attr]
+    found: Tensor | None = model.base_model.compute_3d_position_ids(
         input_ids=ids,
         # Only its shape is read.
         inputs_embeds=ids.new_empty((*ids.shape, 0), dtype=torch.float32),
         **{name: call.get(name) for name in names},
     )
-    return default.expand(3, *ids.shape) if full is None else full
+    return found
 
 
 def next_position(positions: Tensor | None, placement: Placement) -> Tensor | None:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: The one attribute a patched model has.
 ATTRIBUTE = "_vlmcompress"
-#: The attribute a cache has that was filled from a shortened prompt.
-CACHE_ATTRIBUTE = "_vlmcompress"
 
 
 class ThreadState(threading.local):
