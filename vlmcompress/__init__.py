@@ -23,7 +23,8 @@ from vlmcompress.core.errors import (
 )
 from vlmcompress.core.keep import AutoKeep
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
-from vlmcompress.live.patch import Handle, handle_of, patch
+from vlmcompress.live.handle import Handle, handle_of
+from vlmcompress.live.patch import patch
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,190 @@
+"""The handle of a patched model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vlmcompress.core.errors import UnsupportedInputError, VLMCompressError
+from vlmcompress.core.report import CallRecord, Report
+from vlmcompress.live import calls, positions
+from vlmcompress.live.encode import CompressedEncoding, has_pixels
+from vlmcompress.live.install import check_evidence, outer_model, uninstall
+from vlmcompress.live.state import Settings, State, state_of
+from vlmcompress.live.timing import Stopwatch
+from vlmcompress.methods import pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+
+class Handle:
+    """What `patch` returns: report, change, suspend and remove the compression of one model.
+
+    Usable as a context manager that removes the patch at its end.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def model(self) -> Any:
+        """The patched model."""
+        return self._model
+
+    @property
+    def _state(self) -> State:
+        state = state_of(self._model)
+        if state is None:
+            raise VLMCompressError("The patch was removed; call patch(model, ...) again.")
+        return state
+
+    @property
+    def report(self) -> Report:
+        """Counts, costs and choices so far; `print` it."""
+        state = self._state
+        config = state.settings.pipeline.config
+        return Report(
+            model=type(self._model).__name__,
+            method=config.to_spec(),
+            chosen="chosen by default for this tower"
+            if state.settings.chosen_by_default
+            else "as asked",
+            positions=positions.resolve(config.positions, state.family),
+            calls_with_images=state.calls["with"],
+            calls_without_images=state.calls["without"],
+            last=state.local.last,
+        )
+
+    @property
+    def config(self) -> Any:
+        """The `CompressionConfig` in force."""
+        return self._state.settings.pipeline.config
+
+    @property
+    def last(self) -> CallRecord | None:
+        """Record of this thread's last compressed call."""
+        return self._state.local.last
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """Per image of the last call, kept rows of the uncompressed image.
+
+        Raises:
+            VLMCompressError: when this thread has made no compressed call yet.
+        """
+        return self._last_or_raise().kept
+
+    def _last_or_raise(self) -> CallRecord:
+        last = self.last
+        if last is None:
+            raise VLMCompressError(
+                "No call with an image was made in this thread yet; call the model first."
+            )
+        return last
+
+    def overlay(self, image: Image, unit: int = 0) -> Image:
+        """The picture with everything dimmed that the language model did not see.
+
+        Args:
+            image: the picture the processor was given.
+            unit: which image of the last call it was.
+        """
+        from vlmcompress.overlay import draw_overlay
+
+        last = self._last_or_raise()
+        if not 0 <= unit < len(last.kept):
+            raise UnsupportedInputError(
+                f"The last call had {len(last.kept)} image(s); there is no image {unit}."
+            )
+        return draw_overlay(image, last, unit, self._state.processor)
+
+    def set(
+        self,
+        *,
+        method: Any = None,
+        keep: float | int | str | None = None,
+        positions: str | None = None,
+        seed: int | None = None,
+    ) -> Handle:
+        """Change what is applied from the next call on; what is not given stays.
+
+        Args:
+            method: as for `patch`.
+            keep: as for `patch`; a new method without keep takes over the old one's if there is one
+                stage.
+            positions: as for `patch`.
+            seed: as for `patch`.
+
+        Returns:
+            The handle itself.
+        """
+        state = self._state
+        new = pipeline.rebuild(
+            state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
+        )
+        check_evidence(state.family, self._model.base_model, new)
+        state.settings = Settings(new, state.settings.chosen_by_default and method is None)
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator[Handle]:
+        """Calls of this thread inside run uncompressed."""
+        local = self._state.local
+        local.disabled += 1
+        try:
+            yield self
+        finally:
+            local.disabled -= 1
+
+    def encode(self, **call: Any) -> CompressedEncoding:
+        """Encode and compress the images of a call once, for many questions.
+
+        Returns:
+            What to pass as `mm_encoder_outputs=` instead of the pixels, with full `input_ids`; it
+            is not compressed a second time.
+
+        Raises:
+            UnsupportedInputError: when the call has no image.
+        """
+        if not has_pixels(call):
+            raise UnsupportedInputError(
+                "encode(...) was given no image; pass what the processor returns."
+            )
+        watch = Stopwatch(next(self._model.parameters()).device)
+        return CompressedEncoding(calls.encode(self._model, self._state, call, watch))
+
+    def remove(self) -> None:
+        """Take everything off; the model is as it came in. A second call does nothing."""
+        state = state_of(self._model)
+        if state is not None:
+            uninstall(self._model, state)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        if state_of(self._model) is None:
+            return "Handle(removed)"
+        return f"Handle({type(self._model).__name__}, {self.config.to_spec()!r})"
+
+
+def handle_of(model: PreTrainedModel | Any) -> Handle:
+    """The handle of a patched model (a deep copy of a patched model is patched too).
+
+    Raises:
+        VLMCompressError: when the model is not patched.
+    """
+    model = outer_model(model)
+    if state_of(model) is None:
+        raise VLMCompressError(
+            f"This {type(model).__name__} is not patched; call patch(model, keep=...)."
+        )
+    return Handle(model)

@@ -1,0 +1,89 @@
+"""Putting the hooks on a model, taking them off, and what is checked before."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+from torch import nn
+
+from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
+from vlmcompress.families import Family
+from vlmcompress.live.evidence import EvidenceHooks
+from vlmcompress.live.forward import after_forward, before_forward
+from vlmcompress.live.generate import generate
+from vlmcompress.live.state import ATTRIBUTE, State
+from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
+from vlmcompress.methods.pipeline import Pipeline
+from vlmcompress.methods.stages import Resolved
+
+
+def outer_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_seam(model: Any) -> None:
+    """Refuse models that take no encoder outputs.
+
+    Raises:
+        UnsupportedModelError: for a transformers that is too old.
+    """
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of this transformers has no mm_encoder_outputs argument; "
+            "vlmcompress "
+            "needs transformers >= 5.18."
+        )
+
+
+def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
+    """Refuse at patch time what could only fail at the first image."""
+    needs, tower = built.needs(), family.tower(base)
+    if not needs.attention:
+        return
+    names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().attention)
+    if tower is None:
+        raise EvidenceError(
+            f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
+            "tower; use a "
+            "method that needs none, such as 'divprune'."
+        )
+    if needs.cls_attention and not tower.has_cls:
+        raise EvidenceError(
+            f"{names} read(s) [CLS] attention and this {family.model_type} tower has no [CLS] "
+            "token; use "
+            "'received_attention' or 'divprune'."
+        )
+    Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+
+
+def install(model: Any, state: State) -> None:
+    """Put every hook on, and the one attribute."""
+    base, family = model.base_model, state.family
+    tower = family.tower(base)
+    if tower is not None:
+        layers = tower.layers(family.tower_module(base))
+        state.evidence = EvidenceHooks(tower, layers)
+        make_skippable(layers)
+    connector = family.connector(base)
+    if connector is not None:
+        state.handles.append(hook_connector(connector))
+    state.handles.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+    state.handles.append(model.register_forward_hook(after_forward, with_kwargs=True))
+    model.__dict__["generate"] = types.MethodType(generate, model)
+    model.__dict__[ATTRIBUTE] = state
+
+
+def uninstall(model: Any, state: State) -> None:
+    """Inverse of `install`."""
+    base, family = model.base_model, state.family
+    tower = family.tower(base)
+    if tower is not None:
+        undo_skippable(tower.layers(family.tower_module(base)))
+    if state.evidence is not None:
+        state.evidence.remove()
+    for handle in state.handles:
+        handle.remove()
+    del model.__dict__["generate"], model.__dict__[ATTRIBUTE]
