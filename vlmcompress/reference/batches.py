@@ -17,6 +17,7 @@ from .scenes import OBJECT_SHARE, PATCHES, Scene, Split, scene
 from .tokenizer import ASSISTANT, EOS, PAD, SPECIAL
 
 IGNORED = -100
+_ALWAYS = KINDS.index("count")  # every scene can be counted
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
@@ -45,7 +46,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
-        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Packed(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 class Encoder:
@@ -92,7 +93,9 @@ def pack(scenes: list[Scene], questions: list[list[Question]], encode: Encoder) 
     padding = (SPECIAL.index(PAD), -1, 0, IGNORED, 0, 0)
     table = np.array([row + [padding] * (longest - len(row)) for row in rows])
     columns = [torch.from_numpy(table[..., i]) for i in range(6)]
-    return Packed(*columns[:5], columns[5].bool(), _asked(scenes, questions))
+    tokens, blocks, offsets, targets, kinds, answers = columns
+    asked_where = _asked(scenes, questions)
+    return Packed(tokens, blocks, offsets, targets, kinds, answers.bool(), asked_where)
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,10 @@ def make_batch(
     scenes, questions = [], []
     for index in indices:
         drawn, rng = scene(split, index), question_rng(split, index)
-        kinds = rng.choice(len(KINDS), per_scene, p=mix)
-        asked = [q for k in kinds if (q := ask(drawn, KINDS[k], rng)) is not None]
+        kinds = [*rng.choice(len(KINDS), per_scene, p=mix), _ALWAYS]
+        found = [q for k in kinds if (q := ask(drawn, KINDS[k], rng)) is not None]
+        asked = found[:-1] or found
         scenes.append(drawn)
-        questions.append(asked or [ask(drawn, "count", rng)])  # every scene can be counted
+        questions.append(asked)
     labels = _stack([patch_labels(s) for s in scenes])
     return Batch(scenes, labels, questions, pack(scenes, questions, encode))

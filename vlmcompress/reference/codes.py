@@ -40,6 +40,8 @@ class Codes(nn.Module):
             kind: torch.tensor([tokenizer.encode(f" {word}")[0] for word in names])
             for kind, names in words.items()
         }
+        self.place: Tensor
+        self.centre: Tensor
         draw = torch.Generator().manual_seed(1)
         self.register_buffer("place", torch.randn(2, width, generator=draw))
         self.register_buffer("centre", torch.randn(width, generator=draw))

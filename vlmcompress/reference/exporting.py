@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ def export(
     trainee = Trainee(shape or Shape(), processor.tokenizer, seed)
     load_parameters(Path(run) / "joint.safetensors", trainee)
     weights = Path(weights)
-    model = copy.deepcopy(trainee.model).to(torch.bfloat16)
+    model: Any = copy.deepcopy(trainee.model)
+    model.to(torch.bfloat16)
     model.set_attn_implementation("sdpa")
     model.generation_config.max_new_tokens = 8
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id

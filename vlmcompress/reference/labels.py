@@ -75,9 +75,11 @@ def patch_labels(scene: Scene) -> PatchLabels:
     is_centre[np.arange(len(ids)), row * GRID + column] = True
     target = shares * (shares >= OBJECT_SHARE) * (1 + _CENTRE_WEIGHT * is_centre)
     target = (target / target.sum(axis=1, keepdims=True)).mean(axis=0)
-    classes = [np.where(ground, -1, ids[owner, i]) for i in range(3)]
+    colour, shape, glyph = (np.where(ground, -1, ids[owner, i]) for i in range(3))
     return PatchLabels(
-        *classes,
+        colour,
+        shape,
+        glyph,
         share=shares.sum(axis=0).astype(np.float32),
         where=where.astype(np.float32),
         centre=is_centre.any(axis=0) & ~ground,

@@ -79,7 +79,7 @@ def run_llm(
     embed = model.get_input_embeddings()
     user = torch.full_like(kept[:, :1], SPECIAL.index(USER))
     sequence = torch.cat([embed(user), tokens, embed(packed.ids)], dim=1)
-    pointing = model.config.text_config._attn_implementation == "eager"
+    pointing = model.config.get_text_config()._attn_implementation == "eager"
     out = model.model.language_model(
         inputs_embeds=sequence,
         attention_mask=block_mask(packed.block, 1 + kept.shape[1]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -103,7 +104,7 @@ def _sincos(width: int) -> Tensor:
 
 
 @torch.no_grad()
-def _start_tower(tower: nn.Module, draw: torch.Generator) -> None:
+def _start_tower(tower: Any, draw: torch.Generator) -> None:
     """Large positions, sharp attention, and a local start of the first layers.
 
     The usual small start (0.02) does not learn positions from scratch.
@@ -131,7 +132,7 @@ def _start_tower(tower: nn.Module, draw: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _start_llm(model: LlavaForConditionalGeneration, draw: torch.Generator) -> None:
+def _start_llm(model: Any, draw: torch.Generator) -> None:
     """Word embeddings of unit scale, so that image tokens of unit scale weigh the same."""
     llm = model.model.language_model
     depth = (2 * len(llm.layers)) ** -0.5
@@ -174,7 +175,7 @@ class TowerStates:
     attention: dict[int, Tensor]
 
 
-def cls_attention(layer: nn.Module, hidden: Tensor) -> Tensor:
+def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
     """Attention of [CLS] in a tower layer, mean over heads.
 
     Args:
@@ -192,7 +193,7 @@ def cls_attention(layer: nn.Module, hidden: Tensor) -> Tensor:
     return scores.softmax(dim=-1).mean(dim=1)[:, 0]
 
 
-def run_tower(tower: nn.Module, pixels: Tensor, kept: Tensor | None) -> TowerStates:
+def run_tower(tower: Any, pixels: Tensor, kept: Tensor | None) -> TowerStates:
     """Run the tower on all patches, or on some of them.
 
     Args:

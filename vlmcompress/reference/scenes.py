@@ -215,7 +215,8 @@ def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
     """Colours of one object, ``[size, size, 3]`` float32: its own shade, lit from one side."""
     size = stamp.box[2]
     base = np.array(COLOURS[colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
-    light = np.linspace(*rng.uniform(0.88, 1.1, 2), size, dtype=np.float32)
+    dim, bright = rng.uniform(0.88, 1.1, 2)
+    light = np.linspace(dim, bright, size, dtype=np.float32)
     paint = np.clip(base * light[:, None, None], 0, 255).repeat(size, axis=1)
     if stamp.glyph is not None:
         dark = base @ np.array([0.3, 0.59, 0.11], np.float32) > 120

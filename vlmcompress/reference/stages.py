@@ -59,8 +59,8 @@ class Stage:
         """Parameter groups with their peak learning rates; the first matching prefix decides."""
         groups: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in self.rates}
         for name, parameter in self.trainee.named_parameters():
-            prefix = next((p for p in self.rates if name.startswith(p)), None)
-            parameter.requires_grad_(prefix is not None and self.rates[prefix] > 0)
+            prefix = next((p for p in self.rates if name.startswith(p)), "")
+            parameter.requires_grad_(self.rates.get(prefix, 0.0) > 0)
             if parameter.requires_grad:
                 groups[prefix].append(parameter)
         return [
@@ -118,9 +118,11 @@ class Stage:
         return total + 0.1 * contrast, metrics
 
     def _pointing(
-        self, looks: Looks, packed: Packed, kept: Tensor, labels: dict[str, Tensor]
+        self, looks: Looks | None, packed: Packed, kept: Tensor, labels: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Weighted losses that teach the language model where to look."""
+        """Weighted losses that teach the language model where to look (with eager attention)."""
+        if looks is None:
+            return packed.asked.new_zeros(()), {}
         labels = {k: labels[k].to(kept.device) for k in ("colour", "shape")}
         words = losses.word_pointing_loss(looks.words, packed, labels, self.trainee.codes)
         answers = losses.answer_pointing_loss(looks.answers, packed, kept)
@@ -164,9 +166,9 @@ class TowerStage(Stage):
         kept = objects_and_ground(share, count, own)
         states = run_tower(model.model.vision_tower, batch.pixels().to(device), kept)
         tokens = model.model.multi_modal_projector(states.hidden[-2][:, 1:])
-        total, metrics = self._tower_losses(states, tokens, kept, batch, step)
-        metrics = {k: v.item() for k, v in metrics.items() if torch.isfinite(v)}
-        return total, {f"full_{k}": v for k, v in metrics.items()} if full else metrics
+        total, seen = self._tower_losses(states, tokens, kept, batch, step)
+        prefix = "full_" if full else ""
+        return total, {prefix + k: v.item() for k, v in seen.items() if torch.isfinite(v)}
 
 
 class LanguageStage(Stage):
@@ -243,20 +245,20 @@ class JointStage(Stage):
         seen = objects_and_ground(share, PATCHES if full else _CHEAP, own)
         states = run_tower(tower, batch.pixels().to(device), seen)
         tokens = projector(states.hidden[-2][:, 1:])
-        total, metrics = self._tower_losses(states, tokens, seen, batch, step)
+        total, measured = self._tower_losses(states, tokens, seen, batch, step)
         how, picked, contiguous = self._compress(states, share, seen, shared, own)
         kept = seen.gather(1, picked)
         tokens = tokens.gather(1, picked[..., None].expand(-1, -1, tokens.shape[-1]))
         packed = batch.packed.to(device)
         logits, target, looks = run_llm(trainee.model, tokens, kept, packed, contiguous)
         answers = self._count(logits, target, packed, update=how != "random")
-        metrics = {k: v.item() for k, v in metrics.items() if torch.isfinite(v)}
+        metrics = {k: v.item() for k, v in measured.items() if torch.isfinite(v)}
         metrics[f"answers_{how}"] = answers["answers"]
         total = 0.25 * total + losses.answer_loss(logits, target, packed)
         if how != "random":  # a random choice may have lost what there is to look at
             here = losses.kept_labels(batch.labels, kept.cpu())
-            pointing, seen = self._pointing(looks, packed, kept, here)
-            total, metrics = total + pointing, {**metrics, **seen}
+            pointing, found = self._pointing(looks, packed, kept, here)
+            total, metrics = total + pointing, {**metrics, **found}
         return total, metrics
 
     @staticmethod

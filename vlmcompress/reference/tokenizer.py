@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -99,7 +100,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaPr
 
 def prompt(processor: LlavaProcessor, question: str) -> str:
     """The chat prompt that asks a question about one image, ready for ``processor(text=...)``."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )

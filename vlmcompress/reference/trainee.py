@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ class Trainee(nn.Module):
     @property
     def embedding(self) -> Tensor:
         """The word embedding, ``[vocabulary, width]``."""
-        return self.model.get_input_embeddings().weight
+        table: Any = self.model.get_input_embeddings()
+        return table.weight
 
 
 @dataclass

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -136,7 +137,7 @@ def train(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = processes if device == "cpu" else 1
-    common = {
+    common: dict[str, Any] = {
         "folder": folder,
         "seed": seed,
         "device": device,

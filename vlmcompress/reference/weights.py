@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -25,7 +26,7 @@ def load(
         dtype: of the loaded weights; they are stored in bfloat16.
         device: where the model goes.
     """
-    model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS_DIR, dtype=dtype)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(WEIGHTS_DIR, dtype=dtype)
     return model.to(device).eval(), LlavaProcessor.from_pretrained(WEIGHTS_DIR)
 
 
