@@ -10,18 +10,39 @@ THREE_FAMILIES = ("llava", "paligemma", "qwen2_vl")
 FOUR_METHODS = ("uniform", "random", "divprune", "pool")
 KERNELS = ("sdpa", "eager")
 
-#: Pruners drop rows and change none, so "drop = mask" is defined for them.
-MERGERS = {"pool"}
-
-#: (method, family, reason): equalities that cannot exist. Printed in docs/how-it-works.md.
+#: (method, family, equality: reason); "*" is all. docs/exactness.md prints them.
 EXEMPT: tuple[tuple[str, str, str], ...] = (
     (
         "pool",
         "*",
-        "drop = mask: a mean of tokens is no subset of them; the hand-cut forward is compared "
-        "instead",
+        "drop = mask: a mean of tokens is no subset of them; "
+        "the hand-cut forward is compared instead",
+    ),
+    (
+        "*",
+        "paligemma",
+        "turns over a cache: its prefix attends both ways, "
+        "so a longer prefix changes earlier states",
     ),
 )
+
+
+def exempt(equality: str, *, method: str = "*", family: str = "*") -> str | None:
+    """Why a pair is exempt from an equality, None where it is not."""
+    for m, f, reason in EXEMPT:
+        if reason.startswith(equality) and m in ("*", method) and f in ("*", family):
+            return reason
+    return None
+
+
+def exemptions_table() -> str:
+    """The exemptions as docs/exactness.md shows them."""
+    rows = [
+        f"| {'all' if m == '*' else f'`{m}`'} | {'all' if f == '*' else f'`{f}`'} | {reason} |"
+        for m, f, reason in EXEMPT
+    ]
+    return "\n".join(["| method | family | equality and reason |", "|---|---|---|", *rows])
+
 
 CLS_FAMILIES = ("llava", "vipllava")
 READABLE_FAMILIES = tuple(f for f in FAMILIES if f != "llava_pixtral")

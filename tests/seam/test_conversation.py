@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.seam import oracle
+from tests.seam import matrix, oracle
 from tests.tiny import Prompt
 from vlmcompress import CacheMismatchError, PlaceholderMismatchError, patch
 
 BOTH = pytest.mark.parametrize("positions", ["original", "contiguous"])
-
-#: (family, reason): families in which a longer prompt changes what the cache already holds.
-EXEMPT = {"paligemma": "its prefix attends both ways, so a longer prefix changes earlier states"}
 
 
 class Talk:
@@ -73,18 +70,12 @@ class Talk:
         return out
 
 
-def families():
-    marks = [
-        pytest.param(f, marks=pytest.mark.skip(reason=EXEMPT[f])) if f in EXEMPT else f
-        for f in tiny.FAMILIES
-    ]
-    return pytest.mark.parametrize("family", marks)
-
-
 @BOTH
-@families()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
 def test_images_in_turns_one_and_three(family, positions):
+    if reason := matrix.exempt("turns over a cache", family=family):
+        pytest.skip(reason)
     model = tiny.build(family)
     talk = Talk(model)
     with patch(model, keep=0.25, positions=positions) as handle:

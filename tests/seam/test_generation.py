@@ -257,3 +257,16 @@ def test_encode_once_ask_often(model):
         assert handle.last.tokens_after < handle.last.tokens_before
         with pytest.raises(UnsupportedInputError, match="no image"):
             handle.encode(**rest)
+
+
+@torch.no_grad()
+def test_rope_deltas_lead_to_the_right_position():
+    """A hand-written loop without a mask lets M-RoPE models count on from the cache length."""
+    model = tiny.build("qwen2_vl")
+    call = tiny.inputs(model, oracle.ONE)
+    full = model(**call, use_cache=True)
+    uncompressed = model.model.rope_deltas + full.past_key_values.get_seq_length()
+    with patch(model, keep=0.25):
+        short = model(**call, use_cache=True)
+        following = model.model.rope_deltas + short.past_key_values.get_seq_length()
+    assert torch.equal(following, uncompressed)
