@@ -169,6 +169,10 @@ class Worker:
         self._note({"loss": loss.item(), **metrics})
         self.step += 1
 
+    def _log_means(self) -> None:
+        rounded = {k: round(v, 4) for k, v in self.means.items()}
+        self.log({"means": rounded, "kinds": self.stage.mix.accuracy.round(3).tolist()})
+
     def _validate(self) -> None:
         if self.job.rank == 0 and self.job.stage == JointStage.name:
             kind = torch.device(self.job.device).type
@@ -190,15 +194,14 @@ class Worker:
             if self.seconds - self.validated > job.validate_every:
                 self._validate()
             if self.step % _LOG_EVERY == 0:
-                rounded = {k: round(v, 4) for k, v in self.means.items()}
-                kinds = [round(float(a), 3) for a in self.stage.mix.accuracy]
-                self.log({"means": rounded, "kinds": kinds})
+                self._log_means()
                 bar.update(100 * progress - bar.n)
             if self.seconds - saved > job.pulse:
                 self.save()
                 saved = self.seconds
             self.seconds += time.monotonic() - begun
         if progress >= 1:
+            self._log_means()
             self._validate()
             self.save()
         bar.close()
