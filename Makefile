@@ -36,7 +36,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## BENCH_ARGS chooses shape, methods and budgets
-	$(BIN)/vlmcompress bench --json $(BENCH_ARGS)
+	@$(BIN)/vlmcompress bench --json $(BENCH_ARGS)
 
 results: $(STAMP)  ## the results files that the documentation quotes
 	mkdir -p $(RESULTS)
