@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from vlmcompress.families.towers import QueriesKeys
 from vlmcompress.live.evidence import attention_received, cls_row
 from vlmcompress.live.session import Session, current, running
 from vlmcompress.live.timing import Stopwatch
+from vlmcompress.methods import Needs, TokenPruner
 from vlmcompress.methods.pipeline import build
 
 
@@ -89,6 +92,35 @@ def test_attention_received_is_the_mean_over_queries(family):
         for got, weights in zip(rows, maps[layer], strict=True):
             want = weights[:, :, skip:, skip:].mean(2)
             assert (got - want).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_keys_are_the_projections_outputs_without_cls():
+    model = tiny.build("llava")
+    call = tiny.inputs(model, oracle.MIXED)
+    seen = []
+    attention = model.model.vision_tower.encoder.layers[3].self_attn
+    attention.k_proj.register_forward_hook(lambda m, args, out: seen.append(out))
+    with patch(model, keep=0.5), captured(model, key_layers=[3]) as session:
+        oracle.encode(model, call)
+    (keys,) = session.keys[3]
+    assert torch.equal(keys, seen[0][:, 1:].unflatten(-1, (4, 8)))
+
+
+@dataclass(frozen=True)
+class ReadsTheQuestion(TokenPruner):
+    name: ClassVar[str] = "reads_the_question"
+
+    def needs(self):
+        return Needs(text=True)
+
+    def score(self, tokens):
+        return tokens.evidence.text
+
+
+def test_methods_that_read_the_question_are_refused_for_now():
+    with pytest.raises(EvidenceError, match="question"):
+        patch(tiny.build("llava"), ReadsTheQuestion(), keep=0.5)
 
 
 def test_blocks_of_queries_do_not_change_the_mean():

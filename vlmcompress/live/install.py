@@ -41,6 +41,12 @@ def check_seam(model: Any) -> None:
 def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
     """Refuse at patch time what could only fail at the first image."""
     needs, tower = built.needs(), family.tower(base)
+    if needs.text:
+        names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().text)
+        raise EvidenceError(
+            f"{names} read(s) the question, which no connector stage is given so far; use a method "
+            "that looks at the picture alone."
+        )
     if not needs.attention:
         return
     names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().attention)
