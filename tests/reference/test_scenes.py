@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from vlmcompress.core.errors import ConfigError
 from vlmcompress.reference import KINDS, samples
 from vlmcompress.reference.questions import ANSWERS, ask
 from vlmcompress.reference.scenes import COVERED, OBJECT_SHARE, Split, scene
@@ -30,8 +31,13 @@ def test_splits_are_disjoint():
     for (_, last), (first, _) in itertools.pairwise(ranges):
         assert last < first
     for bad in (-1, top + 1):
-        with pytest.raises(ValueError, match="scene index"):
+        with pytest.raises(ConfigError, match="scene index"):
             Split.TEST.seed(bad)
+
+
+def test_unknown_split_is_named():
+    with pytest.raises(ConfigError, match="allowed are train, validation, test"):
+        next(samples("dev", 8))
 
 
 def test_splits_show_different_scenes():

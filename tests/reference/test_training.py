@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmcompress.core.errors import ConfigError
 from vlmcompress.reference import prompt, train
 from vlmcompress.reference.batches import Encoder, make_batch
 from vlmcompress.reference.checkpoint import read_state
@@ -92,6 +93,11 @@ def test_export_loads_in_plain_transformers(run):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     with safe_open(str(weights / "model.safetensors"), "pt") as file:
         assert file.get_tensor(next(iter(file.keys()))).dtype == torch.bfloat16
+
+
+def test_budget_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match="budget"):
+        train(tmp_path, minutes=0)
 
 
 def test_finished_run_is_not_repeated(run):
@@ -198,7 +204,7 @@ def test_cheap_steps_keep_every_object_patch():
     kept = objects_and_ground(share.float(), 90, torch.Generator().manual_seed(0))
     assert (kept.diff(dim=1) > 0).all()
     assert torch.equal((share.gather(1, kept) > 0).sum(1), (share > 0).sum(1))
-    with pytest.raises(ValueError, match="allowed are"):
+    with pytest.raises(ConfigError, match="allowed are"):
         score_patches("best", share, share, torch.Generator())
 
 

@@ -51,6 +51,10 @@ def _point(row: dict) -> dict:
     return {**point, "training": dict(zip(KINDS, row["kinds"], strict=True))}
 
 
+def _rows(log: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(log).read_text().splitlines()]
+
+
 def learning_curve(log: str | Path, every: float = 2.0) -> list[dict]:
     """Thin out a run's ``log.jsonl``.
 
@@ -65,9 +69,10 @@ def learning_curve(log: str | Path, every: float = 2.0) -> list[dict]:
     """
     points: list[dict] = []
     last: dict[str, float] = {}
-    for line in Path(log).read_text().splitlines():
-        row = json.loads(line)
-        kept = "validation" in row
+    rows = _rows(log)
+    ends = {row["stage"]: i for i, row in enumerate(rows)}
+    for i, row in enumerate(rows):
+        kept = "validation" in row or i == ends[row["stage"]]
         if not kept and row["minutes"] - last.get(row["stage"], -every) >= every:
             last[row["stage"]] = row["minutes"]
             kept = True

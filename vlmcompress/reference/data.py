@@ -69,7 +69,7 @@ def samples(split: str, n_questions: int, seed_offset: int = 0) -> Iterator[Samp
     Yields:
         Samples, scene by scene.
     """
-    chosen = Split[split.upper()]
+    chosen = Split.named(split)
     left = {
         kind: n_questions // len(KINDS) + (i < n_questions % len(KINDS))
         for i, kind in enumerate(KINDS)

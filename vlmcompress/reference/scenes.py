@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vlmcompress.core.errors import ConfigError
+
 from .grounds import SIDE, ground
 from .sprites import COLOURS, GLYPHS, SHAPES, letter, stencil
 
@@ -37,14 +39,28 @@ class Split(enum.Enum):
     VALIDATION = 1
     TEST = 2
 
+    @classmethod
+    def named(cls, name: Split | str) -> Split:
+        """Find a split by its name in lower case.
+
+        Raises:
+            ConfigError: for an unknown name.
+        """
+        if isinstance(name, cls):
+            return name
+        names = {split.name.lower(): split for split in cls}
+        if name not in names:
+            raise ConfigError(f"split {name!r}: allowed are {', '.join(names)}")
+        return names[str(name)]
+
     def seed(self, index: int) -> int:
         """Seed of a scene; different splits never share one.
 
         Raises:
-            ValueError: if ``index`` leaves the range of the split.
+            ConfigError: if ``index`` leaves the range of the split.
         """
         if not 0 <= index < _SEEDS_PER_SPLIT:
-            raise ValueError(f"scene index {index}: allowed are 0 to {_SEEDS_PER_SPLIT - 1}")
+            raise ConfigError(f"scene index {index}: allowed are 0 to {_SEEDS_PER_SPLIT - 1}")
         return self.value * _SEEDS_PER_SPLIT + index
 
 
@@ -246,8 +262,7 @@ def scene(split: Split | str, index: int) -> Scene:
     Returns:
         The same scene for the same arguments, always.
     """
-    split = Split[split.upper()] if isinstance(split, str) else split
-    seed = split.seed(index)
+    seed = Split.named(split).seed(index)
     rng = np.random.default_rng(seed)
     pairs, counted = _attributes(rng)  # before the places, so that no rejection tilts the answers
     spare = _salient_only(rng, len(pairs))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmcompress.core.errors import ConfigError
+
 from .scenes import PATCHES
 
 
@@ -38,7 +40,7 @@ def score_patches(how: str, attention: Tensor, share: Tensor, draw: torch.Genera
         draw: source of randomness (CPU).
 
     Raises:
-        ValueError: for another name.
+        ConfigError: for another name.
     """
     if how == "cls":
         return attention
@@ -47,7 +49,7 @@ def score_patches(how: str, attention: Tensor, share: Tensor, draw: torch.Genera
         return noise
     if how == "coverage":
         return share + 0.3 * noise
-    raise ValueError(f"how={how!r}: allowed are 'cls', 'random', 'coverage'")
+    raise ConfigError(f"how={how!r}: allowed are 'cls', 'random', 'coverage'")
 
 
 def draw_budget(draw: torch.Generator, available: int = PATCHES) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vlmcompress.core.errors import ConfigError
+
 from .checkpoint import read_state
 from .curve import card, training_log
 from .exporting import export
@@ -95,7 +97,7 @@ def _run_group(jobs: list[Job]) -> None:
 def train(
     output_dir: str | Path,
     *,
-    minutes: float | None = 100.0,
+    minutes: float | None = 95.0,
     steps: int | None = None,
     resume: bool = True,
     processes: int = 2,
@@ -128,7 +130,13 @@ def train(
 
     Returns:
         The folder with the exported weights.
+
+    Raises:
+        ConfigError: without a budget.
+        RuntimeError: if a training process fails.
     """
+    if steps is None and not (minutes and minutes > 0):
+        raise ConfigError(f"minutes={minutes!r}: give a budget above 0, or steps")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
