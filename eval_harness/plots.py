@@ -20,6 +20,7 @@ def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError as error:
         raise MissingExtraError("matplotlib", "eval") from error
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -30,6 +31,10 @@ def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
         axes.fill_between(keeps, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axhline(results["blind"], color="grey", linestyle=":", label="no image")
     axes.set(xscale="log", xlabel="visual tokens kept", ylabel="accuracy", title=_title(results))
+    keeps = sorted(map(float, results["accuracy"]))
+    axes.set_xticks(keeps, [_share(keep) for keep in keeps])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return Path(path)
@@ -42,6 +47,11 @@ def _lines(accuracy: dict[str, dict[str, dict[str, float]]]) -> dict[str, list[t
         for method, row in accuracy[keep].items():
             lines.setdefault(method, []).append((float(keep), row["mean"], row["low"], row["high"]))
     return lines
+
+
+def _share(keep: float) -> str:
+    """A fraction as percent, a count as itself."""
+    return f"{keep:.0f}" if keep > 1 else f"{100 * keep:g} %"
 
 
 def _title(results: dict[str, Any]) -> str:
