@@ -214,3 +214,30 @@ def test_overlay_of_a_cropping_processor_shows_the_crop(model, call):
         model(**call)
         picture = np.asarray(handle.overlay(Image.new("RGB", (50, 50), "white")))
     assert (picture == 255).all(), "merged tokens were seen"
+
+
+@torch.no_grad()
+def test_forwards_that_others_set_on_layers_are_kept(model, call):
+    """Accelerate sets a forward on instances, before or after us."""
+    layers = model.model.vision_tower.encoder.layers
+    want = model(**call).logits
+    seen = []
+
+    def wrap(layer):
+        inner = layer.forward
+
+        def forward(*args, **kwargs):
+            seen.append(layer)
+            return inner(*args, **kwargs)
+
+        layer.forward = forward
+
+    wrap(layers[0])
+    handle = patch(model, keep=0.25)
+    wrap(layers[1])
+    model(**call)
+    assert {id(layer) for layer in seen} == {id(layers[0]), id(layers[1])}
+    handle.remove()
+    seen.clear()
+    assert torch.equal(model(**call).logits, want)
+    assert len(seen) == 2

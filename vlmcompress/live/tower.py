@@ -46,9 +46,13 @@ def make_skippable(layers: nn.ModuleList) -> None:
 
 
 def undo_skippable(layers: nn.ModuleList) -> None:
-    """Inverse of `make_skippable`."""
+    """Inverse of `make_skippable`.
+
+    A forward that somebody else has wrapped since is left to them: it still calls ours, which then
+    does what the class does.
+    """
     for layer in layers:
-        if _INDEX not in layer.__dict__:
+        if getattr(layer.__dict__.get("forward"), "__func__", None) is not _skippable_forward:
             continue
         del layer.__dict__[_INDEX], layer.__dict__["forward"]
         if _PREVIOUS in layer.__dict__:
