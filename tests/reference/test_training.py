@@ -60,15 +60,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    weights = train(folder, steps=12, processes=2, **SMALL)
-    return folder, weights
-
-
-def test_stages_run_and_log(run):
-    folder, _ = run
+def _check_logs(folder):
     for stage in ("tower", "language", "joint"):
         assert read_state(folder / f"{stage}.safetensors")["step"] >= 3
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -80,8 +72,7 @@ def test_stages_run_and_log(run):
     assert "| cls@20 |" in (folder / "weights" / "README.md").read_text()
 
 
-def test_export_loads_in_plain_transformers(run):
-    _, weights = run
+def _check_plain_loading(weights):
     model = AutoModelForImageTextToText.from_pretrained(weights, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(weights)
     assert type(model).__name__ == "LlavaForConditionalGeneration"
@@ -95,16 +86,19 @@ def test_export_loads_in_plain_transformers(run):
         assert file.get_tensor(next(iter(file.keys()))).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
+def test_two_processes_train_log_and_export(tmp_path):
+    weights = train(tmp_path, steps=12, processes=2, **SMALL)
+    _check_logs(tmp_path)
+    _check_plain_loading(weights)
+    before = (tmp_path / "joint.safetensors").stat().st_mtime_ns
+    train(tmp_path, steps=12, processes=2, **SMALL)  # finished: nothing is repeated
+    assert (tmp_path / "joint.safetensors").stat().st_mtime_ns == before
+
+
 def test_budget_is_needed(tmp_path):
     with pytest.raises(ConfigError, match="budget"):
         train(tmp_path, minutes=0)
-
-
-def test_finished_run_is_not_repeated(run):
-    folder, _ = run
-    before = (folder / "joint.safetensors").stat().st_mtime_ns
-    train(folder, steps=12, processes=2, **SMALL)
-    assert (folder / "joint.safetensors").stat().st_mtime_ns == before
 
 
 def _train_for_long(folder):
@@ -112,6 +106,7 @@ def _train_for_long(folder):
     train(folder, steps=4000, processes=1, pulse=0.0, **SMALL)
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_a_checkpoint_to_resume_from(tmp_path):
     """The checkpoint is replaced atomically: it can be read, and training goes on from it."""
     process = multiprocessing.get_context("spawn").Process(target=_train_for_long, args=(tmp_path,))
