@@ -113,4 +113,6 @@ def card(log: dict) -> str:
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     minutes = ", ".join(f"{n} {s['minutes']:.0f} min" for n, s in log["stages"].items())
     asked = f"{log['test_scenes']} scenes of the test split, twelve questions each"
-    return "\n".join([*lines, "", f"Accuracy in %, on {asked}. Training time: {minutes}.", ""])
+    notes = [line for note in log.get("notes", []) for line in ("", note)]
+    measured = f"Accuracy in %, on {asked}. Training time: {minutes}."
+    return "\n".join([*lines, "", measured, *notes, ""])
