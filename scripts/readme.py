@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,34 @@ def bench_region(results: dict[str, Any]) -> str:
     )
 
 
+def reference_region(results: dict[str, Any]) -> str:
+    """Accuracy of the reference model by method and budget, and by kind of question."""
+    header, rows = accuracy_rows(results)
+    rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+    kinds = results["by_kind"]
+    by_kind = markdown(
+        ["", *kinds],
+        [
+            _percents("all tokens", kinds),
+            *(
+                _percents(f"`{method}`, keep 0.1", results["by_kind_at"]["0.1"][method])
+                for method in ("vtc_cls", "fastervlm", "random")
+            ),
+        ],
+    )
+    return (
+        f"{markdown(header, rows)}\n\n{by_kind}\n\n"
+        f"Accuracy in % (95 % interval, bootstrap over scenes) on {results['n']} held-out "
+        f"questions, unweighted mean over the kinds; {100 * results['blind']:.1f} without the "
+        f"image. "
+        f"{_source('assets/reference_eval.json', results['machine'], 'make results')}"
+    )
+
+
+def _percents(name: str, values: dict[str, float]) -> list[str]:
+    return [name, *(f"{100 * value:.1f}" for value in values.values())]
+
+
 def _costs(row: dict[str, Any]) -> list[str]:
     milliseconds, mebibytes = 1000 * row["ttft"]["median"], row["kv_bytes"] / 2**20
     return [str(row["tokens"]), f"{milliseconds:.1f}", f"{mebibytes:.2f}"]
@@ -87,17 +116,25 @@ def documents() -> dict[Path, str]:
     """Every page with generated regions, made anew from the results files that exist."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    for region, file, make in (
-        ("table", ASSETS / "results.json", accuracy_region),
-        ("bench", ASSETS / "bench.json", bench_region),
-    ):
-        if file.exists():
-            readme = insert(readme, region, make(json.loads(file.read_text(encoding="utf-8"))))
+    reference = (ROOT / "docs" / "reference-model.md").read_text(encoding="utf-8")
+    readme = _measured(readme, "table", "results.json", accuracy_region)
+    readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
     return {
         ROOT / "README.md": insert(readme, "families", table),
+        ROOT / "docs" / "reference-model.md": _measured(
+            reference, "reference", "reference_eval.json", reference_region
+        ),
         ROOT / "docs" / "families.md": insert(families, "families", table),
     }
+
+
+def _measured(document: str, region: str, name: str, make: Callable[[dict[str, Any]], str]) -> str:
+    """`document` with a region made from a results file, as it is where there is none."""
+    file = ASSETS / name
+    if not file.exists():
+        return document
+    return insert(document, region, make(json.loads(file.read_text(encoding="utf-8"))))
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 
 import numpy as np
-import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,9 +22,6 @@ from vlmcompress.reference.curve import TRAINING_LOG, card
 from vlmcompress.reference.model import cls_attention
 from vlmcompress.reference.scenes import OBJECT_SHARE
 
-pytestmark = pytest.mark.skipif(
-    not (WEIGHTS_DIR / "model.safetensors").exists(), reason="no weights in this checkout"
-)
 LIMIT = 14_000_000
 LEARNT = ("exists", "absent", "colour", "shape", "quadrant", "glyph")
 

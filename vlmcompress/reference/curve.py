@@ -16,11 +16,18 @@ from .validate import validate
 
 TRAINING_LOG = Path(__file__).parent / "training_log.json"
 _CARD = """
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [vlmcompress, llava, synthetic]
+---
+
 # The reference vision-language model
 
-A `LlavaForConditionalGeneration` of 6.2 M parameters (CLIP tower 8 x 192 at 224 px, Llama 8 x 192
-with grouped-query attention), trained from scratch on two CPU cores on drawn scenes, with a CLIP
-text head in `text_head/`. It is there to test and to demonstrate compression on any machine in
+A `LlavaForConditionalGeneration` of {parameters} parameters (CLIP tower 8 x 192 at 224 px, Llama
+8 x 192 with grouped-query attention), trained from scratch on two CPU cores on drawn scenes, with a
+CLIP text head in `text_head/`. It is there to test and to demonstrate compression on any machine in
 seconds. It knows nothing but its eight kinds of questions about coloured shapes.
 
 Read its curves with care:
@@ -90,13 +97,15 @@ def training_log(run: str | Path, weights: str | Path, scenes: int) -> dict:
         scenes: of the test split, twelve questions each.
 
     Returns:
-        Minutes and steps per stage, test accuracy per setting and kind, and the learning curve.
+        Parameters, minutes and steps per stage, test accuracy per setting and kind, and the
+        learning curve.
     """
     curve = learning_curve(Path(run) / "log.jsonl")
     model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
     table = validate(model, Encoder(build_tokenizer()), scenes, Split.TEST)
     last = {point["stage"]: point for point in curve}
     return {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "stages": {name: {k: p[k] for k in ("minutes", "step")} for name, p in last.items()},
         "test_scenes": scenes,
         "test": table,
@@ -106,7 +115,8 @@ def training_log(run: str | Path, weights: str | Path, scenes: int) -> dict:
 
 def card(log: dict) -> str:
     """The model card, in Markdown, from a run's summary."""
-    lines = [_CARD.strip(), "", "| tokens | mean | " + " | ".join(KINDS) + " |"]
+    head = _CARD.strip().replace("{parameters}", f"{log['parameters'] / 1e6:.1f} M")
+    lines = [head, "", "| tokens | mean | " + " | ".join(KINDS) + " |"]
     lines.append("|---" * (len(KINDS) + 2) + "|")
     for setting, row in log["test"].items():
         cells = [f"{100 * row[k]:.1f}" for k in ("mean", *KINDS)]
