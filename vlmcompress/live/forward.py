@@ -52,8 +52,8 @@ def before_forward(
         return (), _shorten(module, state, call)
     if record is not None:
         # Also while disabled: the cache is short whatever happens now.
-        arguments, _, grown = conversation.forward_turn(module, state.family, call, record, None)
-        conversation.mark(call["past_key_values"], grown)
+        # It need not learn of new text, which goes into it column by column.
+        arguments, _, _ = conversation.forward_turn(module, state.family, call, record, None)
         return (), arguments
     if call.get("past_key_values") is None:
         state.calls["without"] += 1

@@ -156,7 +156,9 @@ class Handle:
                 "encode(...) was given no image; pass what the processor returns."
             )
         watch = Stopwatch(next(self._model.parameters()).device)
-        return CompressedEncoding(calls.encode(self._model, self._state, call, watch))
+        state = self._state
+        pipeline_now = state.settings.pipeline
+        return CompressedEncoding(calls.encode(self._model, state, pipeline_now, call, watch))
 
     def remove(self) -> None:
         """Take everything off; the model is as it came in. A second call does nothing."""
