@@ -105,7 +105,7 @@ def train(
     seed: int = 0,
     shape: Shape | None = None,
     batch: dict[str, int] | None = None,
-    pulse: float = 120.0,
+    pulse: float = 60.0,
     test_scenes: int = 340,
 ) -> Path:
     """Train and export the reference model.

@@ -48,7 +48,7 @@ class Job:
     seed: int = 0
     device: str = "cpu"
     shape: Shape = field(default_factory=Shape)
-    pulse: float = 120.0
+    pulse: float = 60.0
     validate_every: float = 240.0
 
     @property
