@@ -115,8 +115,7 @@ class _Preparation:
         where = positions.shortened(
             model, family, call, placement, self._mode, generating=generating
         )
-        arguments = inputs.shorten(model, call, placement, where)
-        arguments["mm_encoder_outputs"] = {"image": encoded.output}
+        arguments = inputs.shorten(model, call, placement, where, encoded.output)
         following = positions.next_position(where, placement)
         if generating and following is not None:
             following = following + family.position_offset

@@ -88,8 +88,7 @@ def columns_held(record: CacheRecord, cache: Any, model: Any, batch: int) -> int
     if held < prompt.short_length:
         raise CacheMismatchError(
             f"The cache holds {held} tokens but was filled with {prompt.short_length}; it was "
-            "cropped "
-            "or reset. Start again without it."
+            "cropped or reset. Start again without it."
         )
     if batch != prompt.index.shape[0]:
         raise CacheMismatchError(
@@ -109,8 +108,7 @@ def check_ids(record: CacheRecord, ids: Tensor, held: int) -> None:
     if ids.shape[1] <= held:
         raise CacheMismatchError(
             f"The ids have {ids.shape[1]} columns and the cache holds {held} of the conversation; "
-            "a "
-            "returned cache goes with the full ids it was made from and what follows them."
+            "a returned cache goes with the full ids it was made from and what follows them."
         )
     first = ids[:, :length].to(record.ids.device)
     differ = ((first != record.ids) & (record.ids >= 0)).any(1)
@@ -118,8 +116,7 @@ def check_ids(record: CacheRecord, ids: Tensor, held: int) -> None:
         rows = differ.nonzero()[:, 0].tolist()
         raise CacheMismatchError(
             f"Row(s) {rows} of the ids do not begin with the {length} ids the cache was filled "
-            "from: "
-            "another conversation, or rows in another order."
+            "from: another conversation, or rows in another order."
         )
 
 
@@ -281,14 +278,6 @@ def _tail(call: Mapping[str, Any], held: int) -> dict[str, Any]:
 def _shortened(
     model: Any, call: Mapping[str, Any], placement: Placement, encoded: Encoded | None
 ) -> dict[str, Any]:
-    """Everything that runs along the ids, cut by one placement; pixels become features."""
-    out = dict(call)
-    for name in inputs.encoder_arguments(model.base_model, call):
-        del out[name]
-    out["input_ids"] = placement.take(call["input_ids"], inputs.pad_id(model))
-    for name, fill in inputs.ALIGNED.items():
-        if isinstance(call.get(name), Tensor) and call[name].shape[-1] == placement.length:
-            out[name] = placement.take(call[name], fill)
-    if encoded is not None:
-        out["mm_encoder_outputs"] = {"image": encoded.output}
-    return out
+    """The call cut by one placement, its pixels turned into features where there are any."""
+    out = inputs.cut(model, call, placement)
+    return out if encoded is None else {**out, "mm_encoder_outputs": {"image": encoded.output}}

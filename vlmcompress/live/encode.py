@@ -137,22 +137,10 @@ class Encoder:
         return _collect(output, groups, wanted, skipped)
 
     def _session(self, arguments: Mapping[str, Any]) -> tuple[Session, tuple[int, ...]]:
+        # That this tower has what the methods look at was checked when they were chosen.
         needs = self._pipeline.needs()
         if self._tower is None or self._layers is None:
-            if needs.attention:
-                raise EvidenceError(
-                    f"The attention of this {self._family.model_type} tower cannot be read; use a "
-                    "method that "
-                    "needs none, such as 'divprune'."
-                )
             return Session(self._watch), ()
-        if needs.cls_attention and not self._tower.has_cls:
-            names = ", ".join(repr(stage.method.name) for stage in self._pipeline.stages)
-            raise EvidenceError(
-                f"{names} read(s) [CLS] attention and this {self._family.model_type} tower has no "
-                "[CLS] token; "
-                "use 'received_attention' or 'divprune'."
-            )
         layers = Resolved.of(needs, len(self._layers))
         read = self._family.last_read_layer(self._base, arguments, len(self._layers))
         last = max([read, *layers.all()])

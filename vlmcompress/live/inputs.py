@@ -63,20 +63,29 @@ def prompt_placement(
 
 
 def shorten(
-    model: nn.Module, call: Mapping[str, Any], placement: Placement, position_ids: Tensor | None
+    model: Any,
+    call: Mapping[str, Any],
+    placement: Placement,
+    position_ids: Tensor | None,
+    output: Any,
 ) -> dict[str, Any]:
-    """The call with every aligned tensor cut by one index and the image arguments taken out."""
-    short = dict(call)
-    for name in encoder_arguments(model.base_model, call):  # type: ignore[arg-type]
-        del short[name]
-    short["input_ids"] = placement.take(call["input_ids"], pad_id(model))
+    """The call with every aligned tensor cut by one index and its images encoded."""
+    short = cut(model, call, placement)
     short["attention_mask"] = _mask(call.get("attention_mask"), placement)
+    short.pop("position_ids", None)
+    if position_ids is not None:
+        short["position_ids"] = position_ids
+    return {**short, "mm_encoder_outputs": {"image": output}}
+
+
+def cut(model: Any, call: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """The call without image arguments, its ids and what runs along them cut by one placement."""
+    images = encoder_arguments(model.base_model, call)
+    short = {name: value for name, value in call.items() if name not in images}
+    short["input_ids"] = placement.take(call["input_ids"], pad_id(model))
     for name, fill in ALIGNED.items():
-        if isinstance(call.get(name), Tensor):
+        if isinstance(call.get(name), Tensor) and call[name].shape[-1] == placement.length:
             short[name] = placement.take(call[name], fill)
-    short["position_ids"] = position_ids
-    if position_ids is None:
-        del short["position_ids"]
     return short
 
 

@@ -30,7 +30,7 @@ class ThreadState(threading.local):
         generating: depth of patched `generate` calls.
         pending: how the running forward's logits are restored.
         last: record of this thread's last compressed call.
-        open_record: record of the call that runs, completed as it goes on.
+        prefill: the short call that runs inside `generate`, and when its prefill began.
     """
 
     def __init__(self) -> None:
