@@ -108,8 +108,7 @@ class Encoder:
         if any(call.get(name) is not None for name in VIDEO_ARGUMENTS):
             raise UnsupportedInputError(
                 "The call carries a video; only images can be compressed so far. Run video "
-                "prompts inside "
-                "`with handle.disabled():`."
+                "prompts inside `with handle.disabled():`."
             )
         arguments = encoder_arguments(self._base, call)
         session, wanted = self._session(arguments)
@@ -214,8 +213,7 @@ class Encoder:
             if captured.shape[-1] != n:
                 raise EvidenceError(
                     f"The tower gives attention for {captured.shape[-1]} tokens but an image has "
-                    f"{n}; "
-                    "use a method that needs none, such as 'divprune'."
+                    f"{n}; use a method that needs none, such as 'divprune'."
                 )
         return evidence
 

@@ -118,8 +118,7 @@ def _refuse_ragged_beams(model: Any, call: dict[str, Any], short: calls.ShortCal
         raise UnsupportedInputError(
             f"Images keep different counts ({sorted(set(short.record.tokens_after))}) and "
             f"{type(model).__name__} cannot expand those for beams or several return sequences; "
-            "use one "
-            "beam, or a keep that gives every image the same count."
+            "use one beam, or a keep that gives every image the same count."
         )
 
 

@@ -33,8 +33,7 @@ def check_seam(model: Any) -> None:
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} of this transformers has no mm_encoder_outputs argument; "
-            "vlmcompress "
-            "needs transformers >= 5.18."
+            "vlmcompress needs transformers >= 5.18."
         )
 
 
@@ -53,14 +52,12 @@ def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
     if tower is None:
         raise EvidenceError(
             f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
-            "tower; use a "
-            "method that needs none, such as 'divprune'."
+            "tower; use a method that needs none, such as 'divprune'."
         )
     if needs.cls_attention and not tower.has_cls:
         raise EvidenceError(
             f"{names} read(s) [CLS] attention and this {family.model_type} tower has no [CLS] "
-            "token; use "
-            "'received_attention' or 'divprune'."
+            "token; use 'received_attention' or 'divprune'."
         )
     Resolved.of(needs, len(tower.layers(family.tower_module(base))))
 

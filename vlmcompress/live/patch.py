@@ -59,8 +59,7 @@ def patch(
     if state_of(model) is not None:
         raise AlreadyPatchedError(
             f"This {type(model).__name__} is patched already; call handle.remove() on the first "
-            "handle (or "
-            "vlmcompress.handle_of(model).remove()), or change it with handle.set(...)."
+            "handle (or vlmcompress.handle_of(model).remove()), or change it with handle.set(...)."
         )
     family = family_of(model)
     check_seam(model)

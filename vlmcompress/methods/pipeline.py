@@ -124,8 +124,7 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
     if not isinstance(method, TokenCompressor):
         raise ConfigError(
             f"Method {config.method!r} acts in the {method.stage}; only methods between tower and "
-            "LLM (stage "
-            "'connector') can run so far."
+            "LLM (stage 'connector') can run so far."
         )
     return Stage(_seeded(method, seed), _checked(config.keep, method), method)
 
@@ -154,8 +153,7 @@ def _stages_of(part: Any) -> list[Pair]:
         return [(part, _create(part))]
     raise ConfigTypeError(
         f"method is {part!r} ({type(part).__name__}); give a name, a spec string, a configured "
-        "method, a "
-        "CompressionConfig or a list of these."
+        "method, a CompressionConfig or a list of these."
     )
 
 
@@ -190,8 +188,7 @@ def _with_keep(stages: Sequence[StageConfig], keep: Any) -> tuple[StageConfig, .
         if stage.keep is None:
             raise ConfigError(
                 f"Method {stage.method!r} has no budget: pass keep=..., for example keep=0.1, or "
-                "write "
-                f"'{stage.method}:0.1'."
+                f"write '{stage.method}:0.1'."
             )
     return tuple(stages)
 
@@ -207,7 +204,6 @@ def _checked(keep: Keep | None, method: TokenCompressor) -> Keep:
     if isinstance(keep, AutoKeep) and not method.scored:
         raise ConfigError(
             f"keep='auto' needs scores and {method.name!r} has none; give a fraction or a count, "
-            "or use a "
-            "method that scores tokens, such as 'vtc_cls'."
+            "or use a method that scores tokens, such as 'vtc_cls'."
         )
     return keep
