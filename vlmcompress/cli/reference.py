@@ -29,6 +29,8 @@ def train(
     processes: Annotated[int, typer.Option(min=1, help="CPU processes; a GPU takes one.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights, scenes and dropping.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Finished run to go on from.")] = None,
+    gentle: Annotated[float, typer.Option(help="Factor on all learning rates.")] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Train from nothing on drawn scenes; a killed run continues where it was."""
@@ -42,6 +44,8 @@ def train(
         processes=processes,
         device=device,
         seed=seed,
+        start=start,
+        gentle=gentle,
     )
     emit({"weights": str(weights)}, f"The weights are in {weights}.", as_json)
 

@@ -11,6 +11,7 @@ import importlib
 _PLACES = {
     "KINDS": "questions",
     "Sample": "data",
+    "TEXT_KINDS": "text_questions",
     "TextHead": "text_head",
     "WEIGHTS_DIR": "weights",
     "export": "exporting",
@@ -22,6 +23,7 @@ _PLACES = {
 }
 __all__ = [
     "KINDS",
+    "TEXT_KINDS",
     "WEIGHTS_DIR",
     "Sample",
     "TextHead",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from .data import question_rng
 from .labels import PatchLabels, patch_labels
-from .questions import KINDS, Question, ask
-from .scenes import OBJECT_SHARE, PATCHES, Scene, Split, scene
+from .questions import Question
+from .scenes import OBJECT_SHARE, PATCHES, Drawn, Split
 from .tokenizer import ASSISTANT, EOS, PAD, SPECIAL
+from .worlds import ALL_KINDS, OBJECTS, TEXTS, World
 
 IGNORED = -100
-_ALWAYS = KINDS.index("count")  # every scene can be counted
+_GOLDEN = 0.6180339887498949
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
@@ -31,9 +33,10 @@ class Packed:
         block: number of the question, -1 for padding. offset: position inside the question.
         target: the token that should follow, where an answer or its end does; else -100.
         kind: index of the question's kind.
-        answer: whether ``target`` is the answer (and not the end that follows it).
-        asked: ``[b, questions, 196]`` where the asked objects are: a distribution with the same
-            part on each, or zeros where the answer is no.
+        answer: whether ``target`` belongs to the answer (and is not the end that follows it).
+        slot: row of ``asked`` that shows what the target is read from.
+        asked: ``[b, slots, 196]`` where the asked items are: a distribution with the same part on
+            each, or zeros where the answer is no.
     """
 
     ids: Tensor
@@ -42,6 +45,7 @@ class Packed:
     target: Tensor
     kind: Tensor
     answer: Tensor
+    slot: Tensor
     asked: Tensor
 
     def to(self, device: torch.device) -> Packed:
@@ -60,49 +64,60 @@ class Encoder:
         return self._encode(text)
 
 
-def _asked(scenes: list[Scene], questions: list[list[Question]]) -> Tensor:
-    """Where each question's objects are, ``[b, questions, 196]``."""
-    table = np.zeros((len(scenes), max(map(len, questions)), PATCHES), np.float32)
-    for row, drawn, asked in zip(table, scenes, questions, strict=True):
-        for target, question in zip(row, asked, strict=False):
-            if question.answer != "no":
-                for i in question.about:
-                    shares = drawn.items[i].coverage
-                    shares = shares * (shares >= OBJECT_SHARE)
-                    target += shares / (shares.sum() * len(question.about))
-    return torch.from_numpy(table)
+def _where(drawn: Drawn, items: tuple[int, ...]) -> np.ndarray:
+    """Where some items are, ``[196]``: a distribution with the same part on each."""
+    shares = np.stack([drawn.items[i].coverage for i in items])
+    shares = shares * (shares >= OBJECT_SHARE)
+    return (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
-def pack(scenes: list[Scene], questions: list[list[Question]], encode: Encoder) -> Packed:
+def _places(drawn: Drawn, question: Question) -> list[np.ndarray]:
+    """Where each letter of an answer is seen: one place for an answer that is no text."""
+    if question.answer == "no":
+        return [np.zeros(PATCHES)]
+    return [_where(drawn, items) for items in question.points or (question.about,)]
+
+
+def pack(scenes: Sequence[Drawn], questions: list[list[Question]], encode: Encoder) -> Packed:
     """Pack each scene's questions into one row, each as the chat template would write it."""
     eos, assistant = SPECIAL.index(EOS), SPECIAL.index(ASSISTANT)
-    rows = []
-    for asked in questions:
+    rows, places = [], []
+    for drawn, asked in zip(scenes, questions, strict=True):
         row: list[tuple[int, ...]] = []
+        seen: list[np.ndarray] = []
         for block, question in enumerate(asked):
             answer = encode(f" {question.answer}")
             ids = [*encode(question.text), assistant, *answer]
             following = [*answer, eos]
             first = len(ids) - len(following)
-            kind = KINDS.index(question.kind)
+            kind = ALL_KINDS.index(question.kind)
+            here = _places(drawn, question)
             for i, token in enumerate(ids):
                 target = following[i - first] if i >= first else IGNORED
-                row.append((token, block, i, target, kind, int(i >= first and target != eos)))
+                letter = max(0, i - first - (len(answer) - len(here)))  # the first may be a space
+                slot = len(seen) + min(letter, len(here) - 1)
+                answers = int(i >= first and target != eos)
+                row.append((token, block, i, target, kind, answers, slot))
+            seen += here
         rows.append(row)
+        places.append(seen)
     longest = max(len(row) for row in rows)
-    padding = (SPECIAL.index(PAD), -1, 0, IGNORED, 0, 0)
+    padding = (SPECIAL.index(PAD), -1, 0, IGNORED, 0, 0, 0)
     table = np.array([row + [padding] * (longest - len(row)) for row in rows])
-    columns = [torch.from_numpy(table[..., i]) for i in range(6)]
-    tokens, blocks, offsets, targets, kinds, answers = columns
-    asked_where = _asked(scenes, questions)
-    return Packed(tokens, blocks, offsets, targets, kinds, answers.bool(), asked_where)
+    columns = [torch.from_numpy(table[..., i]) for i in range(7)]
+    tokens, blocks, offsets, targets, kinds, answered, slots = columns
+    where = np.zeros((len(rows), max(map(len, places)), PATCHES), np.float32)
+    for into, seen in zip(where, places, strict=True):
+        into[: len(seen)] = seen
+    asked_where = torch.from_numpy(where)
+    return Packed(tokens, blocks, offsets, targets, kinds, answered.bool(), slots, asked_where)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Scenes, their labels stacked ``[b, ...]``, and their packed questions."""
 
-    scenes: list[Scene]
+    scenes: list[Drawn]
     labels: dict[str, Tensor]
     questions: list[list[Question]]
     packed: Packed
@@ -121,7 +136,12 @@ def _stack(labels: list[PatchLabels]) -> dict[str, Tensor]:
 
 
 def make_batch(
-    split: Split, indices: range, per_scene: int, mix: np.ndarray, encode: Encoder
+    split: Split,
+    indices: range,
+    per_scene: int,
+    mix: np.ndarray,
+    encode: Encoder,
+    text_share: float = 0.0,
 ) -> Batch:
     """Draw scenes and questions.
 
@@ -129,16 +149,24 @@ def make_batch(
         split: where the scenes come from.
         indices: scene numbers.
         per_scene: questions per scene; kinds that a scene does not allow are left out.
-        mix: ``[8]`` probabilities of the kinds.
+        mix: ``[11]`` how often each kind is asked, in relation to the others of its world.
         encode: the tokenizer's memory.
+        text_share: share of the scenes that are text-heavy; they lie evenly among the indices.
     """
     scenes, questions = [], []
     for index in indices:
-        drawn, rng = scene(split, index), question_rng(split, index)
-        kinds = [*rng.choice(len(KINDS), per_scene, p=mix), _ALWAYS]
-        found = [q for k in kinds if (q := ask(drawn, KINDS[k], rng)) is not None]
-        asked = found[:-1] or found
+        world = TEXTS if (index * _GOLDEN) % 1 < text_share else OBJECTS
+        drawn, rng = world.draw(split, index), question_rng(split, index)
+        weights = np.array([mix[ALL_KINDS.index(kind)] for kind in world.kinds])
+        picked = rng.choice(len(world.kinds), per_scene, p=weights / weights.sum())
+        found = [q for i in picked if (q := world.ask(drawn, world.kinds[i], rng)) is not None]
         scenes.append(drawn)
-        questions.append(asked)
+        questions.append(found or _any_question(world, drawn, rng))
     labels = _stack([patch_labels(s) for s in scenes])
     return Batch(scenes, labels, questions, pack(scenes, questions, encode))
+
+
+def _any_question(world: World, drawn: Drawn, rng: np.random.Generator) -> list[Question]:
+    """One question of the first kind that the scene allows; every scene allows some."""
+    asked = (world.ask(drawn, kind, rng) for kind in world.kinds)
+    return [next(question for question in asked if question is not None)]

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from .labels import CHARACTER_NAMES
 from .questions import QUADRANTS
-from .scenes import COLOUR_NAMES, GLYPH_NAMES
-from .sprites import SHAPES
+from .scenes import COLOUR_NAMES
+from .sprites import DIGITS, SHAPES
 
 _SHARPNESS = 14.0
 _SOFT_EDGE = 0.08  # over how much of the half image one quadrant's word fades into the next
+
+
+def _token(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+    """The single token of a word after a space, of a digit without."""
+    return tokenizer.encode(word if word in DIGITS else f" {word}")[0]
 
 
 class Codes(nn.Module):
@@ -32,12 +38,12 @@ class Codes(nn.Module):
         words = {
             "colour": COLOUR_NAMES,
             "shape": SHAPES,
-            "glyph": (*GLYPH_NAMES, "object"),
+            "glyph": (*CHARACTER_NAMES, "object"),
             "quadrant": QUADRANTS,
             "ground": ("ground",),
         }
         self.ids = {
-            kind: torch.tensor([tokenizer.encode(f" {word}")[0] for word in names])
+            kind: torch.tensor([_token(tokenizer, word) for word in names])
             for kind, names in words.items()
         }
         self.place: Tensor

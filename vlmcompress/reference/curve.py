@@ -11,8 +11,10 @@ from transformers import LlavaForConditionalGeneration
 from .batches import Encoder
 from .questions import KINDS
 from .scenes import Split
+from .text_questions import TEXT_KINDS
 from .tokenizer import build_tokenizer
 from .validate import validate
+from .worlds import ALL_KINDS
 
 TRAINING_LOG = Path(__file__).parent / "training_log.json"
 _CARD = """
@@ -55,7 +57,7 @@ def _point(row: dict) -> dict:
     means = row["means"]
     if row["stage"] == "tower":
         return {**point, "patches": {k: means[k] for k in _TOWER if k in means}}
-    return {**point, "training": dict(zip(KINDS, row["kinds"], strict=True))}
+    return {**point, "training": dict(zip(ALL_KINDS, row["kinds"], strict=True))}
 
 
 def _rows(log: str | Path) -> list[dict]:
@@ -116,10 +118,15 @@ def training_log(run: str | Path, weights: str | Path, scenes: int) -> dict:
 def card(log: dict) -> str:
     """The model card, in Markdown, from a run's summary."""
     head = _CARD.strip().replace("{parameters}", f"{log['parameters'] / 1e6:.1f} M")
-    lines = [head, "", "| tokens | mean | " + " | ".join(KINDS) + " |"]
-    lines.append("|---" * (len(KINDS) + 2) + "|")
+    columns = ("mean", *KINDS, "text", *TEXT_KINDS)
+    lines = [
+        head,
+        "",
+        "| tokens | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for setting, row in log["test"].items():
-        cells = [f"{100 * row[k]:.1f}" for k in ("mean", *KINDS)]
+        cells = [f"{100 * row[k]:.1f}" for k in columns]
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     minutes = ", ".join(f"{n} {s['minutes']:.0f} min" for n, s in log["stages"].items())
     asked = f"{log['test_scenes']} scenes of the test split, twelve questions each"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .questions import KINDS, Question, ask
-from .scenes import Scene, Split, scene
+from .questions import Question
+from .scenes import Drawn, Split
+from .worlds import world as find_world
 
 _QUESTION_STREAM = 7  # keeps the questions' randomness apart from the drawing's
 
@@ -21,9 +22,9 @@ class Sample:
     Attributes:
         image: 224 x 224 RGB.
         scene_id: unique over all splits; questions of one scene share it.
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `TEXT_KINDS`.
         question: plain user text. answer: one word.
-        object_coverage: ``[196]`` share of each patch covered by any object.
+        object_coverage: ``[196]`` share of each patch covered by any object or text.
         asked_coverage: ``[196]`` the same for the asked objects only (all objects if the
             answer is no).
     """
@@ -37,7 +38,7 @@ class Sample:
     asked_coverage: np.ndarray
 
 
-def _sample(drawn: Scene, image: Image.Image, question: Question) -> Sample:
+def _sample(drawn: Drawn, image: Image.Image, question: Question) -> Sample:
     asked = np.sum([drawn.items[i].coverage for i in question.about], axis=0)
     return Sample(
         image,
@@ -55,32 +56,36 @@ def question_rng(split: Split, index: int) -> np.random.Generator:
     return np.random.default_rng([_QUESTION_STREAM, split.seed(index)])
 
 
-def samples(split: str, n_questions: int, seed_offset: int = 0) -> Iterator[Sample]:
-    """Questions with the eight kinds in equal numbers.
+def samples(
+    split: str, n_questions: int, seed_offset: int = 0, *, world: str = "objects"
+) -> Iterator[Sample]:
+    """Questions with the kinds of a world in equal numbers.
 
-    Each scene is asked at most one question of a kind, so that scenes serve four to eight
-    questions. The stream depends on the arguments alone.
+    Each scene is asked at most one question of a kind, so that scenes of objects serve four to
+    eight questions and text-heavy ones one to three. The stream depends on the arguments alone.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        n_questions: how many; the first kinds get one more if eight does not divide it.
+        n_questions: how many; the first kinds get one more if it is no multiple of their number.
         seed_offset: index of the first scene.
+        world: ``"objects"`` (eight kinds, `KINDS`) or ``"text"`` (three kinds, `TEXT_KINDS`).
 
     Yields:
         Samples, scene by scene.
+
+    Raises:
+        ConfigError: for an unknown split or world.
     """
-    chosen = Split.named(split)
-    left = {
-        kind: n_questions // len(KINDS) + (i < n_questions % len(KINDS))
-        for i, kind in enumerate(KINDS)
-    }
+    chosen, sort = Split.named(split), find_world(world)
+    share, rest = divmod(n_questions, len(sort.kinds))
+    left = {kind: share + (i < rest) for i, kind in enumerate(sort.kinds)}
     index = seed_offset
     while any(left.values()):
-        drawn, rng = scene(chosen, index), question_rng(chosen, index)
+        drawn, rng = sort.draw(chosen, index), question_rng(chosen, index)
         image = drawn.image
         index += 1
-        for kind in KINDS:
-            question = ask(drawn, kind, rng)
+        for kind in sort.kinds:
+            question = sort.ask(drawn, kind, rng)
             if question is not None and left[kind]:
                 left[kind] -= 1
                 yield _sample(drawn, image, question)

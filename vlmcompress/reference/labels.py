@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import COLOUR_NAMES, GLYPH_NAMES, GRID, OBJECT_SHARE, PATCH, PATCHES, SIDE, Scene
-from .sprites import SHAPES
+from .scenes import COLOUR_NAMES, GLYPH_NAMES, GRID, OBJECT_SHARE, PATCH, PATCHES, SIDE, Drawn
+from .sprites import CHARACTERS, SHAPES
 
-BLANK = len(GLYPH_NAMES)  # glyph class of an object without a letter
+CHARACTER_NAMES = tuple(CHARACTERS)
+BLANK = len(CHARACTER_NAMES)  # glyph class of an object without a character
 PAIRS = len(COLOUR_NAMES) * len(SHAPES)
 CLS_LABELS = PAIRS + len(COLOUR_NAMES) + len(SHAPES) + len(GLYPH_NAMES)
 _rows, _columns = np.divmod(np.arange(PATCHES), GRID)
@@ -19,7 +20,7 @@ _CENTRE_WEIGHT = 3.0
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """Labels of one scene, one row per patch; -1 marks the ground.
+    """Labels of one scene, one row per patch; -1 marks the ground (and texts, which have no shape).
 
     Attributes:
         colour, shape, glyph: class ids ``[196]``. share: ``[196]`` covered share.
@@ -42,25 +43,26 @@ class PatchLabels:
 
 
 def _present(ids: np.ndarray) -> np.ndarray:
-    """Multi-hot [CLS] labels from ``[items, 3]`` colour, shape and glyph ids."""
+    """Multi-hot [CLS] labels from ``[items, 3]`` colour, shape and glyph ids; digits have none."""
     hot = np.zeros(CLS_LABELS, np.float32)
-    hot[ids[:, 0] * len(SHAPES) + ids[:, 1]] = 1
+    shaped = ids[ids[:, 1] >= 0]
+    hot[shaped[:, 0] * len(SHAPES) + shaped[:, 1]] = 1
     hot[PAIRS + ids[:, 0]] = 1
-    hot[PAIRS + len(COLOUR_NAMES) + ids[:, 1]] = 1
-    lettered = ids[ids[:, 2] < BLANK, 2]
+    hot[PAIRS + len(COLOUR_NAMES) + shaped[:, 1]] = 1
+    lettered = ids[ids[:, 2] < len(GLYPH_NAMES), 2]
     hot[PAIRS + len(COLOUR_NAMES) + len(SHAPES) + lettered] = 1
     return hot
 
 
-def patch_labels(scene: Scene) -> PatchLabels:
-    """Label every patch of a scene with the object that covers most of it."""
+def patch_labels(scene: Drawn) -> PatchLabels:
+    """Label every patch of a scene with the item that covers most of it."""
     shares = np.stack([item.coverage for item in scene.items])
     ids = np.array(
         [
             (
                 COLOUR_NAMES.index(item.colour),
-                SHAPES.index(item.shape),
-                GLYPH_NAMES.index(item.glyph) if item.glyph else BLANK,
+                SHAPES.index(item.shape) if item.shape in SHAPES else -1,
+                CHARACTER_NAMES.index(item.glyph) if item.glyph else BLANK,
             )
             for item in scene.items
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -114,3 +115,26 @@ def looks_at(attentions: tuple[Tensor, ...], layers: range, k: int) -> Tensor:
     half = attentions[0].shape[1] // 2
     rows = [attentions[i][:, :half, 1 + k :, 1 : 1 + k].float().mean(dim=1) for i in layers]
     return torch.stack(rows).mean(dim=0)
+
+
+def judge(logits: Tensor, target: Tensor, packed: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """Which questions are answered rightly, every letter of them.
+
+    Args:
+        logits: ``[targets, vocabulary]``, of `run_llm`.
+        target: ``[targets]`` token ids, of `run_llm`.
+        packed: the questions.
+
+    Returns:
+        Right or wrong and the index of the kind, one entry per question.
+    """
+    wanted = packed.target != IGNORED
+    answer = packed.answer[wanted]
+    right = (logits.argmax(-1) == target)[answer].cpu().numpy()
+    row = wanted.nonzero()[:, 0][answer]
+    block = packed.block[wanted][answer]
+    question = (row * (int(packed.block.max()) + 1) + block).cpu().numpy()
+    _, first, member = np.unique(question, return_index=True, return_inverse=True)
+    kinds = packed.kind[wanted][answer].cpu().numpy()[first]
+    wrong = np.bincount(member, ~right)
+    return wrong == 0, kinds

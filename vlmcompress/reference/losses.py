@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .batches import Packed
 from .codes import Codes
-from .labels import CLS_LABELS, PAIRS
+from .labels import BLANK, CLS_LABELS, PAIRS
 from .scenes import OBJECT_SHARE
 
 _EOS_WEIGHT = 0.1
@@ -43,11 +43,12 @@ def word_losses(
         if kind == "colour":
             truth = torch.where(on, truth, logits.shape[-1] - 1)
         each = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
-        weight = (on.float() if kind != "colour" else torch.where(on, 1.0, 0.3)).flatten()
+        shown = labels[kind] >= 0
+        weight = (shown.float() if kind != "colour" else torch.where(on, 1.0, 0.3)).flatten()
         if kind == "glyph":  # most objects are blank
-            weight = weight * torch.where(truth.flatten() < logits.shape[-1] - 1, 1.0, 0.3)
-        losses[kind] = (each * weight).sum() / weight.sum()
-        right = (logits.argmax(-1) == truth)[sure & (truth < 10 if kind == "glyph" else sure)]
+            weight = weight * torch.where(truth.flatten() < BLANK, 1.0, 0.3)
+        losses[kind] = (each * weight).sum() / weight.sum().clamp(min=1)
+        right = (logits.argmax(-1) == truth)[sure & shown & ((truth < BLANK) | (kind != "glyph"))]
         accuracy[kind] = right.float().mean()
     target = codes.encode(
         embedding,
@@ -56,7 +57,7 @@ def word_losses(
         {
             "colour": _hot(labels["colour"], 8),
             "shape": _hot(labels["shape"], 6),
-            "glyph": _hot(labels["glyph"], 11),
+            "glyph": _hot(labels["glyph"], BLANK + 1),
         },
         (~on).float(),
     )
@@ -118,7 +119,7 @@ def _look_there(looks: Tensor, target: Tensor) -> Tensor:
 def answer_pointing_loss(looks: Tensor, packed: Packed, kept: Tensor) -> Tensor:
     """Where the answering tokens look ``[b, t, k]``, against where the asked objects are."""
     row = packed.answer.nonzero()[:, 0]
-    target = packed.asked[row, packed.block[packed.answer]].gather(1, kept[row])
+    target = packed.asked[row, packed.slot[packed.answer]].gather(1, kept[row])
     return _look_there(looks[packed.answer], target)
 
 

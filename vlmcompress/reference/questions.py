@@ -67,12 +67,20 @@ _AXES = (("x", "beside", ("left", "right")), ("y", "over", ("above", "below")))
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its one-word answer, and the indices of the items that it is about."""
+    """A question about a scene.
+
+    Attributes:
+        kind: of question. text: plain user text. answer: one word.
+        about: indices of the items that it is about.
+        points: for each letter of the answer the items that show it; empty where the whole answer
+            is seen on all items that the question is about.
+    """
 
     kind: str
     text: str
     answer: str
     about: tuple[int, ...]
+    points: tuple[tuple[int, ...], ...] = ()
 
 
 def _phrase(rng: np.random.Generator, key: str, **words: str) -> str:

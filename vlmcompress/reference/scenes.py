@@ -77,10 +77,10 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Item:
-    """One drawn object.
+    """One drawn object, or one character of a text (shape ``"sign"`` or ``"row"``).
 
     Attributes:
-        colour, shape: names; glyph: a letter or None.
+        colour, shape: names; glyph: a character or None.
         size: side of its box in pixels; x, y: centre in pixels.
         asked: whether questions may single it out; the others are only salient.
         coverage: ``[196]`` share of each patch that it covers.
@@ -111,19 +111,21 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is in a picture, and the picture, which is painted when first looked at."""
+class Drawn:
+    """What is in a picture, and the picture, which is painted when first looked at.
+
+    Attributes:
+        scene_id: unique over all splits and sorts of scenes.
+        items: everything that a patch can show.
+    """
 
     scene_id: int
     items: tuple[Item, ...]
-    counted: Counted
-    stamps: tuple[Stamp, ...]
 
     @functools.cached_property
     def pixels(self) -> np.ndarray:
         """The picture, ``[224, 224, 3]`` uint8."""
-        rng = np.random.default_rng([_PAINT_STREAM, self.scene_id])
-        return _compose(rng, self.stamps, [item.colour for item in self.items])
+        raise NotImplementedError
 
     @property
     def image(self) -> Image.Image:
@@ -132,13 +134,34 @@ class Scene:
 
     @property
     def coverage(self) -> np.ndarray:
-        """``[196]`` share of each patch covered by any object."""
+        """``[196]`` share of each patch covered by any item."""
         return np.sum([item.coverage for item in self.items], axis=0)
 
     def unique(self, **attributes: str) -> Item | None:
         """The only item with these attributes, or None."""
         found = [i for i in self.items if all(getattr(i, k) == v for k, v in attributes.items())]
         return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class Scene(Drawn):
+    """Objects on a cluttered ground.
+
+    Attributes:
+        counted: the group that the count question is about.
+        stamps: where the objects are, in the order of the items.
+    """
+
+    counted: Counted
+    stamps: tuple[Stamp, ...]
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """The picture, ``[224, 224, 3]`` uint8."""
+        rng = np.random.default_rng([_PAINT_STREAM, self.scene_id])
+        canvas = ground(rng)
+        paint_stamps(rng, canvas, self.stamps, [item.colour for item in self.items])
+        return add_noise(rng, canvas)
 
 
 def _attributes(rng: np.random.Generator) -> tuple[list[tuple[str, str]], Counted]:
@@ -180,11 +203,12 @@ def _boxes(rng: np.random.Generator, total: int) -> list[tuple[int, int, int]] |
     return [boxes[i] for i in rng.permutation(total)]
 
 
-def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> Stamp:
+def stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> Stamp:
+    """Cut out an object of a shape for a box ``(left, top, size)``; large ones carry letters."""
     size = box[2]
     alpha = stencil(shape, size, float(rng.integers(-2, 3) * 4))
     if size < GLYPH_SIZE or rng.random() > GLYPH_RATE:
-        return Stamp(box, alpha, patch_shares(alpha, box), None, None)
+        return Stamp(box, alpha, patch_shares(alpha, *box[:2]), None, None)
     glyph = GLYPH_NAMES[rng.integers(len(GLYPH_NAMES))]
     ink = letter(glyph)
     down = size // 12 if shape == "triangle" else 0
@@ -192,7 +216,7 @@ def _stamp(rng: np.random.Generator, box: tuple[int, int, int], shape: str) -> S
     mark = (slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1]))
     alpha = alpha.copy()
     alpha[mark][ink] = 1
-    return Stamp(box, alpha, patch_shares(alpha, box), glyph, mark)
+    return Stamp(box, alpha, patch_shares(alpha, *box[:2]), glyph, mark)
 
 
 def _stamps(rng: np.random.Generator, shapes: list[str]) -> tuple[Stamp, ...]:
@@ -201,20 +225,20 @@ def _stamps(rng: np.random.Generator, shapes: list[str]) -> tuple[Stamp, ...]:
         boxes = _boxes(rng, len(shapes))
         if boxes is None:
             continue
-        stamps = tuple(_stamp(rng, box, shape) for box, shape in zip(boxes, shapes, strict=True))
+        stamps = tuple(stamp(rng, box, shape) for box, shape in zip(boxes, shapes, strict=True))
         taken = (np.sum([s.shares for s in stamps], axis=0) >= OBJECT_SHARE).mean()
         if COVERED[0] <= taken <= COVERED[1]:
             return stamps
 
 
-def patch_shares(alpha: np.ndarray, box: tuple[int, int, int]) -> np.ndarray:
-    """Share of each patch that an alpha mask covers, ``[196]`` float32."""
-    left, top, size = box
+def patch_shares(alpha: np.ndarray, left: int, top: int) -> np.ndarray:
+    """Share of each patch that an alpha mask ``[h, w]`` at a place covers, ``[196]`` float32."""
+    height, width = alpha.shape
     x0, y0 = left // PATCH, top // PATCH
-    x1, y1 = -(-(left + size) // PATCH), -(-(top + size) // PATCH)
+    x1, y1 = -(-(left + width) // PATCH), -(-(top + height) // PATCH)
     window = np.zeros(((y1 - y0) * PATCH, (x1 - x0) * PATCH), np.float32)
     dy, dx = top - y0 * PATCH, left - x0 * PATCH
-    window[dy : dy + size, dx : dx + size] = alpha
+    window[dy : dy + height, dx : dx + width] = alpha
     shares = np.zeros((GRID, GRID), np.float32)
     blocks = window.reshape(y1 - y0, PATCH, x1 - x0, PATCH)
     shares[y0:y1, x0:x1] = blocks.mean(axis=(1, 3))
@@ -227,27 +251,44 @@ def _salient_only(rng: np.random.Generator, total: int) -> set[int]:
     return set(rng.permutation(total)[:spare].tolist())
 
 
-def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
-    """Colours of one object, ``[size, size, 3]`` float32: its own shade, lit from one side."""
-    size = stamp.box[2]
+def surface(
+    rng: np.random.Generator, colour: str, height: int, width: int
+) -> tuple[np.ndarray, int]:
+    """Paint a surface in its own shade of a colour, lit from one side.
+
+    Returns:
+        ``[height, width, 3]`` float32, and the grey level of characters on it: dark on light
+        colours, light on dark ones.
+    """
     base = np.array(COLOURS[colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
     dim, bright = rng.uniform(0.88, 1.1, 2)
-    light = np.linspace(dim, bright, size, dtype=np.float32)
-    paint = np.clip(base * light[:, None, None], 0, 255).repeat(size, axis=1)
+    light = np.linspace(dim, bright, height, dtype=np.float32)
+    paint = np.clip(base * light[:, None, None], 0, 255).repeat(width, axis=1)
+    return paint, 15 if base @ np.array([0.3, 0.59, 0.11], np.float32) > 120 else 245
+
+
+def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
+    """Colours of one object, ``[size, size, 3]`` float32."""
+    size = stamp.box[2]
+    paint, ink = surface(rng, colour, size, size)
     if stamp.glyph is not None:
-        dark = base @ np.array([0.3, 0.59, 0.11], np.float32) > 120
-        paint[stamp.mark][letter(stamp.glyph)] = 15 if dark else 245
+        paint[stamp.mark][letter(stamp.glyph)] = ink
     return paint
 
 
-def _compose(rng: np.random.Generator, stamps: tuple[Stamp, ...], colours: list[str]) -> np.ndarray:
-    """Paint the objects on a ground and add sensor noise."""
-    canvas = ground(rng)
+def paint_stamps(
+    rng: np.random.Generator, canvas: np.ndarray, stamps: tuple[Stamp, ...], colours: list[str]
+) -> None:
+    """Paint objects on a ground, in place."""
     for stamp, colour in zip(stamps, colours, strict=True):
         left, top, size = stamp.box
         view = canvas[top : top + size, left : left + size]
         alpha = stamp.alpha[..., None]
         view[:] = (view * (1 - alpha) + _paint(rng, stamp, colour) * alpha).astype(np.uint8)
+
+
+def add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """The noise of a sensor, a few grey levels."""
     noise = rng.integers(0, 256, canvas.shape, dtype=np.uint8) & 7
     return np.clip(canvas, 4, 251) + noise - 4
 

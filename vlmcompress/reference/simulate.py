@@ -10,6 +10,7 @@ from .codes import Codes
 from .labels import BLANK
 from .scenes import COLOUR_NAMES
 from .sprites import SHAPES
+from .worlds import MOST_ITEMS
 
 _CLASSES = {"colour": len(COLOUR_NAMES), "shape": len(SHAPES), "glyph": BLANK + 1}
 _DOUBT = {"colour": 0.1, "shape": 0.3, "glyph": 0.4}  # how unsure the tower may be of an attribute
@@ -17,17 +18,17 @@ _DOUBT = {"colour": 0.1, "shape": 0.3, "glyph": 0.4}  # how unsure the tower may
 
 def _mixes(labels: dict[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
     """Attribute words per patch, some of them blurred towards another class."""
-    on = labels["item"] >= 0
-    b, n = on.shape
+    b, n = labels["item"].shape
     mixes = {}
     for kind, classes in _CLASSES.items():
-        hot = F.one_hot(labels[kind].clamp(min=0), classes).float() * on[..., None]
-        other = torch.rand(b, 8, classes, generator=draw).square()
+        shown = labels[kind] >= 0
+        hot = F.one_hot(labels[kind].clamp(min=0), classes).float() * shown[..., None]
+        other = torch.rand(b, MOST_ITEMS, classes, generator=draw).square()
         other = (other / other.sum(-1, keepdim=True)).gather(
             1, labels["item"].clamp(min=0)[..., None].expand(b, n, classes)
         )
-        doubt = _DOUBT[kind] * torch.rand(b, 8, generator=draw)
-        doubt = doubt.gather(1, labels["item"].clamp(min=0))[..., None] * on[..., None]
+        doubt = _DOUBT[kind] * torch.rand(b, MOST_ITEMS, generator=draw)
+        doubt = doubt.gather(1, labels["item"].clamp(min=0))[..., None] * shown[..., None]
         mixes[kind] = hot * (1 - doubt) + other * doubt
     return mixes
 
@@ -52,7 +53,7 @@ def simulate_tokens(
         ``[b, 196, width]``.
     """
     on = labels["item"] >= 0
-    shaky = 0.06 * torch.randn(on.shape[0], 8, 2, generator=draw)
+    shaky = 0.06 * torch.randn(on.shape[0], MOST_ITEMS, 2, generator=draw)
     shift = shaky.gather(1, labels["item"].clamp(min=0)[..., None].expand(*on.shape, 2))
     where = labels["where"] + shift * on[..., None]
     device = embedding.device

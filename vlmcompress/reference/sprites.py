@@ -1,4 +1,4 @@
-"""Stencils of the drawn objects: six shapes and ten letters, as alpha masks."""
+"""Stencils of what is drawn: six shapes, ten letters and nine digits, as alpha masks."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ GLYPHS = {
     "X": "10001 10001 01010 00100 01010 10001 10001",
     "Z": "11111 00001 00010 00100 01000 10000 11111",
 }
+DIGITS = {
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11110 00001 00001 01110 00001 00001 11110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "01110 10000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 00100 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00001 01110",
+}
+CHARACTERS = {**GLYPHS, **DIGITS}
 _OVERSAMPLE = 4
 
 
@@ -86,6 +98,6 @@ def stencil(shape: str, size: int, angle: float = 0.0) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def letter(glyph: str, scale: int = 3) -> np.ndarray:
-    """Mask of a letter, ``[7 * scale, 5 * scale]`` bool."""
-    rows = [[cell == "1" for cell in row] for row in GLYPHS[glyph].split()]
+    """Mask of a letter or digit, ``[7 * scale, 5 * scale]`` bool."""
+    rows = [[cell == "1" for cell in row] for row in CHARACTERS[glyph].split()]
     return np.kron(np.array(rows), np.ones((scale, scale), bool))

@@ -11,18 +11,19 @@ from transformers import PreTrainedTokenizerFast
 
 from . import losses
 from .batches import Batch, Encoder, Packed, make_batch
-from .language import Looks, run_llm
+from .language import Looks, judge, run_llm
 from .model import TowerStates, run_tower
-from .questions import KINDS
 from .scenes import PATCHES, Split
 from .selection import draw_budget, objects_and_ground, score_patches, top
 from .simulate import simulate_tokens
 from .text_head import contrastive_loss
 from .trainee import CLS_LAYERS, Mix, Trainee
+from .worlds import ALL_KINDS
 
 _POINTING = 0.5  # weight of answers looking at the asked objects
 _WORD_POINTING = 0.2  # weight of words looking at what they name
 _CHEAP = 64  # patches of a cheap tower step
+_TEXT_SHARE = 0.3  # of the scenes are text-heavy
 _SEEDS = 10**9  # scene indices of a stage: far from those of the others
 
 
@@ -80,7 +81,8 @@ class Stage:
         first = self.offset * _SEEDS + self.seed * 10**11
         first += (step * self.world + self.rank) * self.batch
         indices = range(first, first + batch)
-        return make_batch(Split.TRAIN, indices, per_scene, self.mix.probabilities(), self.encode)
+        needs = self.mix.needs()
+        return make_batch(Split.TRAIN, indices, per_scene, needs, self.encode, _TEXT_SHARE)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss and metrics of one step."""
@@ -130,13 +132,10 @@ class Stage:
         return _POINTING * answers + _WORD_POINTING * words, seen
 
     def _count(self, logits: Tensor, target: Tensor, packed: Packed, update: bool) -> dict:
-        wanted = packed.target != -100
-        answer, kind = packed.answer[wanted], packed.kind[wanted]
-        right = (logits.argmax(-1) == target)[answer].cpu().numpy()
-        kinds = kind[answer].cpu().numpy()
-        asked = np.bincount(kinds, minlength=len(KINDS))
+        right, kinds = judge(logits, target, packed)
+        asked = np.bincount(kinds, minlength=len(ALL_KINDS))
         if update:
-            self.mix.update(np.bincount(kinds, right, minlength=len(KINDS)), asked)
+            self.mix.update(np.bincount(kinds, right, minlength=len(ALL_KINDS)), asked)
         return {"answers": float(right.mean())}
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from vlmcompress.core.extras import require
+
 from .model import Shape, text_config
 from .questions import PHRASES
-from .scenes import OBJECT_SHARE, Scene
+from .scenes import OBJECT_SHARE, Drawn
 from .tokenizer import EOS
 
 _PAIR_FORMS = (
@@ -93,7 +95,7 @@ def _form(rng: np.random.Generator, forms: tuple[str, ...], words: str) -> str:
     return forms[rng.integers(len(forms))].format(p=words, a=article)
 
 
-def _phrases(scenes: list[Scene], kept: np.ndarray, rng: np.random.Generator) -> list[Phrases]:
+def _phrases(scenes: list[Drawn], kept: np.ndarray, rng: np.random.Generator) -> list[Phrases]:
     """Pairs, colours and shapes of a batch, each named once, with the patches that show them."""
     tables: list[dict[str, np.ndarray]] = [{}, {}, {}]
     size = kept.size
@@ -119,9 +121,10 @@ def _phrases(scenes: list[Scene], kept: np.ndarray, rng: np.random.Generator) ->
     return found
 
 
-def caption(drawn: Scene, rng: np.random.Generator) -> str:
+def caption(drawn: Drawn, rng: np.random.Generator) -> str:
     """A caption that lists every object."""
-    names = [" ".join(drawn.items[i].pair) for i in rng.permutation(len(drawn.items))]
+    pairs = dict.fromkeys(drawn.items[i].pair for i in rng.permutation(len(drawn.items)))
+    names = [" ".join(pair) for pair in pairs]
     return "a " + ", ".join(names)
 
 
@@ -130,7 +133,7 @@ def contrastive_loss(
     tokenizer: PreTrainedTokenizerFast,
     patches: Tensor,
     cls: Tensor,
-    scenes: list[Scene],
+    scenes: list[Drawn],
     kept: Tensor,
     rng: np.random.Generator,
 ) -> Tensor:
@@ -145,14 +148,12 @@ def contrastive_loss(
         kept: ``[b, m]`` patch indices.
         rng: source of randomness.
     """
-    from open_clip import ClipLoss
-
     groups = _phrases(scenes, kept.cpu().numpy(), rng)
     captions = [caption(drawn, rng) for drawn in scenes]
     texts = [text for group in groups for text in group.texts]
     embedded = head.embed_texts([*texts, *captions], tokenizer)
     flat, scale = patches.flatten(0, 1).float(), head.logit_scale.exp().clamp(max=100)
-    loss, total, start = ClipLoss(), torch.zeros((), device=cls.device), 0
+    loss, total, start = require("open_clip").ClipLoss(), torch.zeros((), device=cls.device), 0
     for group in groups:
         weight = group.weight.to(flat.device)
         pooled = F.normalize(weight @ flat / weight.sum(1, keepdim=True), dim=-1)

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from .codes import Codes
 from .labels import CLS_LABELS
 from .model import Shape, build_model
-from .questions import ANSWERS, KINDS
 from .text_head import TextHead
+from .worlds import ALL_KINDS, chance
 
 CLS_LAYERS = (-4, -3, -2, -1)
-_CHANCE = np.array([1 / (2 if kind == "relation" else len(ANSWERS[kind])) for kind in KINDS])
+_CHANCE = np.array([chance(kind) for kind in ALL_KINDS])
 
 
 class Trainee(nn.Module):
@@ -61,7 +61,6 @@ class Mix:
         rate = np.minimum(0.1, 0.004 * asked[seen])
         self.accuracy[seen] += rate * (right[seen] / asked[seen] - self.accuracy[seen])
 
-    def probabilities(self) -> np.ndarray:
-        """``[8]`` probabilities of the kinds."""
-        need = np.clip((1 - self.accuracy) / (1 - _CHANCE), 0.2, 1)
-        return need / need.sum()
+    def needs(self) -> np.ndarray:
+        """``[11]`` how often to ask each kind, in relation to the others of its world."""
+        return np.clip((1 - self.accuracy) / (1 - _CHANCE), 0.2, 1)

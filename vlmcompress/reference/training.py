@@ -107,6 +107,8 @@ def train(
     batch: dict[str, int] | None = None,
     pulse: float = 60.0,
     test_scenes: int = 340,
+    start: str | Path | None = None,
+    gentle: float = 1.0,
 ) -> Path:
     """Train and export the reference model.
 
@@ -127,16 +129,20 @@ def train(
         batch: scenes per step and process of some stages, by stage name.
         pulse: seconds between checkpoints.
         test_scenes: scenes of the test split that the finished model is measured on.
+        start: folder of a finished run to go on from, with new scenes and the whole schedule again.
+        gentle: factor on all learning rates, for a model that has learned already.
 
     Returns:
         The folder with the exported weights.
 
     Raises:
-        ConfigError: without a budget.
+        ConfigError: without a budget, or if ``start`` is no finished run.
         RuntimeError: if a training process fails.
     """
     if steps is None and not (minutes and minutes > 0):
         raise ConfigError(f"minutes={minutes!r}: give a budget above 0, or steps")
+    if start is not None and not (Path(start) / "joint.safetensors").exists():
+        raise ConfigError(f"start={str(start)!r} holds no joint.safetensors: name a finished run")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
@@ -151,6 +157,8 @@ def train(
         "device": device,
         "shape": shape or Shape(),
         "pulse": pulse,
+        "start": Path(start) / "joint.safetensors" if start is not None else None,
+        "gentle": gentle,
     }
     sizes = {**_BATCH, **(batch or {})}
     missing = {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}

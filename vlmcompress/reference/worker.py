@@ -35,6 +35,8 @@ class Job:
         minutes, steps: the budget of the stage; whichever is given ends it.
         batch: scenes per step and process. seed: of everything.
         device: torch device. shape: of the model. pulse: seconds between checkpoints.
+        start: checkpoint of another run whose parameters this stage begins with. gentle: factor on
+            all learning rates.
         validate_every: seconds between validations of the joint stage.
     """
 
@@ -50,6 +52,8 @@ class Job:
     shape: Shape = field(default_factory=Shape)
     pulse: float = 60.0
     validate_every: float = 240.0
+    start: Path | None = None
+    gentle: float = 1.0
 
     @property
     def checkpoint(self) -> Path:
@@ -96,7 +100,11 @@ class Worker:
         if state is not None:
             self.step, self.seconds, self.means = state["step"], state["seconds"], state["means"]
             self.stage.mix = Mix(np.array(state["mix"]))
-        elif job.stage == JointStage.name:
+            return
+        if job.start is not None:
+            load_parameters(job.start, trainee)
+            self.stage.mix = load_state_mix(job.start) or self.stage.mix
+        if job.stage == JointStage.name:
             llm = "model.model.language_model"
             others = tuple(p for p in STAGES["tower"].rates)
             for name, prefixes in (("tower", others), ("language", (llm,))):
@@ -154,7 +162,7 @@ class Worker:
 
     def train_step(self, progress: float) -> None:
         """One optimiser step."""
-        factor = rate_factor(self.step, progress, self.stage.last_rate)
+        factor = self.job.gentle * rate_factor(self.step, progress, self.stage.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         kind = torch.device(self.job.device).type
