@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmcompress.core.errors import MissingExtraError
+from vlmcompress.core.extras import require
 
 
 def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
@@ -18,12 +18,7 @@ def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval") from error
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for method, points in _lines(results["accuracy"]).items():
         keeps, means, lows, highs = zip(*points, strict=True)
@@ -34,7 +29,7 @@ def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
     ticks = sorted(map(float, results["accuracy"]))
     axes.set_xticks(ticks, [_share(keep) for keep in ticks])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(require("matplotlib.ticker").PercentFormatter(1.0))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return Path(path)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vlmcompress.core.errors import ConfigError, MissingExtraError
+from vlmcompress.core.errors import ConfigError
+from vlmcompress.core.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
         n: questions, at least 1.
         confidence: level of the interval.
     """
-    test = _scipy().binomtest(successes, n)
+    test = require("scipy.stats").binomtest(successes, n)
     interval = test.proportion_ci(confidence_level=confidence, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high))
 
@@ -74,7 +75,7 @@ def mean_over_kinds(
     point = float((sums.sum(0) / counts.sum(0)).mean())
     if len(sums) < 2:
         return Estimate(point, point, point)
-    result = _scipy().bootstrap(
+    result = require("scipy.stats").bootstrap(
         (np.arange(len(sums)),),
         lambda rows, axis=-1: _resampled(sums[rows], counts[rows]),
         n_resamples=_RESAMPLES,
@@ -110,11 +111,3 @@ def _resampled(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     total, n = sums.sum(-2), counts.sum(-2)
     means = np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0)
     return np.nanmean(means, axis=-1)
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise MissingExtraError("scipy", "eval") from error
-    return stats

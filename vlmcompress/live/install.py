@@ -12,7 +12,6 @@ from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
 from vlmcompress.families import Family
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
-from vlmcompress.live.generate import generate
 from vlmcompress.live.state import ATTRIBUTE, State
 from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
 from vlmcompress.methods.pipeline import Pipeline
@@ -64,6 +63,10 @@ def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
 
 def install(model: Any, state: State) -> None:
     """Put every hook on, and the one attribute."""
+    # Here, where a model has loaded transformers' generation already: `import transformers` leaves
+    # that for later, and so does `from vlmcompress import patch`.
+    from vlmcompress.live.generate import generate
+
     base, family = model.base_model, state.family
     tower = family.tower(base)
     if tower is not None:

@@ -148,12 +148,13 @@ def contrastive_loss(
         kept: ``[b, m]`` patch indices.
         rng: source of randomness.
     """
+    loss = require("open_clip").ClipLoss()
     groups = _phrases(scenes, kept.cpu().numpy(), rng)
     captions = [caption(drawn, rng) for drawn in scenes]
     texts = [text for group in groups for text in group.texts]
     embedded = head.embed_texts([*texts, *captions], tokenizer)
     flat, scale = patches.flatten(0, 1).float(), head.logit_scale.exp().clamp(max=100)
-    loss, total, start = require("open_clip").ClipLoss(), torch.zeros((), device=cls.device), 0
+    total, start = torch.zeros((), device=cls.device), 0
     for group in groups:
         weight = group.weight.to(flat.device)
         pooled = F.normalize(weight @ flat / weight.sum(1, keepdim=True), dim=-1)
