@@ -11,7 +11,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 RESULTS := docs/assets
 
-.PHONY: setup demo test test-matrix lint bench results readme
+.PHONY: setup dist test-wheel import-time demo test test-matrix lint bench results readme
 
 setup: $(STAMP)
 
@@ -45,3 +45,22 @@ results: $(STAMP)  ## the results files that the documentation quotes
 
 readme: demo  ## pictures and tables of README.md and docs/ from results
 	$(BIN)/python scripts/readme.py --demo demo
+
+dist: $(STAMP)  ## the sdist, and the wheel built from it
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# Needs no .venv, and everything but the wheel comes from the package index.
+test-wheel:  ## the wheel in dist/ runs where it is installed alone
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet dist/*.whl
+	build/wheel/env/bin/python -m pip check
+	cd build/wheel && env/bin/vlmcompress doctor
+	cd build/wheel && env/bin/vlmcompress methods
+	cd build/wheel && env/bin/vlmcompress demo --quick
+
+import-time: $(STAMP)  ## import times beside those of transformers
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m eval_harness.import_time --out $(RESULTS)/import_time.json > /dev/null

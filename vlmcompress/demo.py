@@ -47,7 +47,7 @@ class Plan:
 
 
 FULL = Plan(240, (1.0, 0.5, 0.25, 0.1, 0.05), 8)
-QUICK = Plan(96, (1.0, 0.25, 0.1), 3)
+QUICK = Plan(48, (1.0, 0.25, 0.1), 3)
 
 
 def run(
