@@ -14,21 +14,28 @@ import transformers
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """Machine, versions and the model's type, kernel and shape, JSON-ready."""
-    device = torch.device(model.device)
+    """`environment`, and the model's type, kernel and shape, JSON-ready."""
+    return {
+        **environment(),
+        "device": _device_name(torch.device(model.device)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": _kernels(model.config),
+        "shape": getattr(model, "name_or_path", "") or type(model).__name__,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """When, which commit, on what machine and with which versions, JSON-ready."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": _device_name(device),
+        "device": "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": _kernels(model.config),
-        "shape": getattr(model, "name_or_path", "") or type(model).__name__,
     }
 
 
