@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +24,6 @@ from vlmcompress.reference.selection import objects_and_ground, score_patches
 from vlmcompress.reference.text_head import TextHead
 from vlmcompress.reference.tokenizer import build_processor, build_tokenizer
 from vlmcompress.reference.trainee import Mix
-from vlmcompress.reference.worker import Job, Worker
 from vlmcompress.reference.worlds import ALL_KINDS
 
 TINY = Shape(
@@ -100,49 +94,6 @@ def test_two_processes_train_log_and_export(tmp_path):
 def test_budget_is_needed(tmp_path):
     with pytest.raises(ConfigError, match="budget"):
         train(tmp_path, minutes=0)
-
-
-def _train_for_long(folder):
-    os.setsid()
-    train(folder, steps=4000, processes=1, pulse=0.0, **SMALL)
-
-
-@pytest.mark.slow
-def test_sigkill_leaves_a_checkpoint_to_resume_from(tmp_path):
-    """The checkpoint is replaced atomically: it can be read, and training goes on from it."""
-    process = multiprocessing.get_context("spawn").Process(target=_train_for_long, args=(tmp_path,))
-    process.start()
-    checkpoint, deadline = tmp_path / "tower.safetensors", time.monotonic() + 120
-    while time.monotonic() < deadline and (read_state(checkpoint) or {"step": 0})["step"] < 3:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    killed_at = read_state(checkpoint)["step"]
-    worker = Worker(Job(tmp_path, "tower", steps=killed_at + 2, batch=2, shape=TINY))
-    assert worker.step == killed_at >= 3
-    worker.run()
-    assert read_state(checkpoint)["step"] == killed_at + 2
-
-
-def _parameters(worker):
-    return {n: p.detach().clone() for n, p in worker.stage.trainee.named_parameters()}
-
-
-@pytest.mark.parametrize("stage", ["tower", "language"])
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, stage):
-    (tmp_path / "once").mkdir()
-    job = Job(tmp_path, stage, steps=4, batch=2, shape=TINY)
-    once = Worker(replace(job, folder=tmp_path / "once"))
-    once.run()
-    first = Worker(job)
-    for _ in range(2):
-        first.train_step(job.progress(first.step, 0))
-    first.save()
-    second = Worker(job)
-    assert second.step == 2
-    second.run()
-    expected, found = _parameters(once), _parameters(second)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_packed_questions_equal_one_question_at_a_time():

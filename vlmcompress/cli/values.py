@@ -107,6 +107,7 @@ def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any,
     Raises:
         UnsupportedModelError: when transformers cannot load it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     where, target = location(model), device_of(device)
@@ -115,7 +116,7 @@ def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any,
         with _quiet() if model == REFERENCE else nullcontext():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(where, dtype=kind)
             processor = AutoProcessor.from_pretrained(where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be loaded: {error}") from error
     return loaded.to(target).eval(), processor
 

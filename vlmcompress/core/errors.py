@@ -57,6 +57,10 @@ class CacheMismatchError(VLMCompressError, ValueError):
     """A key-value cache does not fit the ids that came with it."""
 
 
+class CheckpointError(VLMCompressError, RuntimeError):
+    """A training checkpoint cannot be written, or cannot be read back."""
+
+
 class MissingTextError(VLMCompressError, ValueError):
     """A text-aware method has neither a processor nor an explicit question."""
 

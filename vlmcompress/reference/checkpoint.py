@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from vlmcompress.core.errors import CheckpointError, ConfigError
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -24,6 +29,9 @@ def save_checkpoint(
         module: its named parameters are stored.
         optimizer: AdamW over some of them.
         state: anything that json can hold; travels in the file's header.
+
+    Raises:
+        CheckpointError: if it cannot be written; the file that was there stays.
     """
     tensors = {f"model/{name}": p.detach().contiguous() for name, p in module.named_parameters()}
     for name, parameter in module.named_parameters():
@@ -31,35 +39,91 @@ def save_checkpoint(
             if slot in optimizer.state.get(parameter, {}):
                 tensors[f"{slot}/{name}"] = optimizer.state[parameter][slot].detach().contiguous()
     partial = path.with_suffix(".partial")
-    save_file(tensors, str(partial), metadata={"state": json.dumps(state)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, str(partial), metadata={"state": json.dumps(state)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); the checkpoint before it is untouched. "
+            f"Make room for {math.ceil(size / 2**20)} MiB and run again to resume."
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A checkpoint, open for reading.
+
+    Raises:
+        CheckpointError: if it is none, or not a whole one.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            if "state" not in (file.metadata() or {}):
+                raise CheckpointError(_unreadable(path, "it holds no training state"))
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, why: object) -> str:
+    return (
+        f"{path} is no whole checkpoint ({why}). Put a copy back, or delete the file to repeat its "
+        "stage, or start anew with resume=False."
+    )
 
 
 def read_state(path: Path) -> dict | None:
-    """Progress stored in a checkpoint, or None if there is none."""
+    """Progress stored in a checkpoint, or None if there is none.
+
+    Raises:
+        CheckpointError: if the file is no whole checkpoint.
+    """
     if not path.exists():
         return None
-    with safe_open(str(path), "pt") as file:
-        return json.loads(file.metadata()["state"])
+    with _opened(path) as file:
+        try:
+            return json.loads(file.metadata()["state"])
+        except json.JSONDecodeError as error:
+            raise CheckpointError(_unreadable(path, error)) from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(str(path), "pt") as file:
+    with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @torch.no_grad()
 def load_parameters(path: Path, module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Copy the stored parameters whose names start with one of the prefixes."""
+    """Copy the stored parameters whose names start with one of the prefixes.
+
+    Raises:
+        CheckpointError: if the file is no whole checkpoint, or lacks one of them.
+        ConfigError: if it belongs to a model of another shape.
+    """
     stored = _tensors(path)
     for name, parameter in module.named_parameters():
-        if name.startswith(prefixes) and f"model/{name}" in stored:
-            parameter.copy_(stored[f"model/{name}"])
+        if name.startswith(prefixes):
+            found = stored.get(f"model/{name}")
+            if found is None:
+                raise CheckpointError(_unreadable(path, f"it lacks {name}"))
+            if found.shape != parameter.shape:
+                raise ConfigError(
+                    f"{path} holds {name} of shape {tuple(found.shape)}, this model has "
+                    f"{tuple(parameter.shape)}: train with the sizes of that run, or in another "
+                    "folder."
+                )
+            parameter.copy_(found)
 
 
 @torch.no_grad()
 def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Resume: parameters and optimiser state in place; returns the progress or None."""
+    """Resume: parameters and optimiser state in place; returns the progress or None.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_parameters`.
+    """
     state = read_state(path)
     if state is None:
         return None

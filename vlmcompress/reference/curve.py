@@ -61,7 +61,17 @@ def _point(row: dict) -> dict:
 
 
 def _rows(log: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(log).read_text().splitlines()]
+    """Rows of a log; those that a resumed run repeated, or a kill cut off, are left out."""
+    rows: list[dict] = []
+    for line in Path(log).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        stage, step = row["stage"], row["step"]
+        rows = [r for r in rows if r["stage"] != stage or r["step"] <= step]
+        rows.append(row)
+    return rows
 
 
 def learning_curve(log: str | Path, every: float = 2.0) -> list[dict]:

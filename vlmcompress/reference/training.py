@@ -21,6 +21,7 @@ from .worker import Job, run_job
 
 APART = 0.28  # share of the time that tower and language model learn apart
 DRILL = 0.12  # then the language model alone, on all cores: it is the slower learner
+_PRECISIONS = ("bfloat16", "float32")
 _BATCH = {"tower": 16, "language": 8, "joint": 8}
 # Threads that wait must sleep (the cores are shared), and big buffers must be kept (page faults
 # took a quarter of a step).
@@ -74,7 +75,8 @@ def _run_group(jobs: list[Job]) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        workers = [context.Process(target=run_job, args=(job, meeting)) for job in jobs]
+        failures = context.SimpleQueue()
+        workers = [context.Process(target=run_job, args=(job, failures, meeting)) for job in jobs]
         for worker in workers:
             worker.start()
         try:
@@ -87,6 +89,8 @@ def _run_group(jobs: list[Job]) -> None:
             for worker in workers:
                 worker.terminate()
                 worker.join()
+        if not failures.empty():
+            raise failures.get()
     failed = [w.exitcode for w in workers if w.exitcode]
     if failed:
         raise RuntimeError(
@@ -109,6 +113,7 @@ def train(
     test_scenes: int = 340,
     start: str | Path | None = None,
     gentle: float = 1.0,
+    precision: str = "bfloat16",
 ) -> Path:
     """Train and export the reference model.
 
@@ -131,16 +136,21 @@ def train(
         test_scenes: scenes of the test split that the finished model is measured on.
         start: folder of a finished run to go on from, with new scenes and the whole schedule again.
         gentle: factor on all learning rates, for a model that has learned already.
+        precision: of the passes, ``"bfloat16"`` or ``"float32"``; weights are float32.
 
     Returns:
         The folder with the exported weights.
 
     Raises:
-        ConfigError: without a budget, or if ``start`` is no finished run.
-        RuntimeError: if a training process fails.
+        ConfigError: without a budget, for an unknown precision, if ``start`` is no finished run, or
+            if the folder holds a run of other sizes, seed or batch.
+        CheckpointError: if a checkpoint cannot be written (a full disk) or read.
+        RuntimeError: if a training process dies.
     """
     if steps is None and not (minutes and minutes > 0):
         raise ConfigError(f"minutes={minutes!r}: give a budget above 0, or steps")
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: allowed are {', '.join(_PRECISIONS)}")
     if start is not None and not (Path(start) / "joint.safetensors").exists():
         raise ConfigError(f"start={str(start)!r} holds no joint.safetensors: name a finished run")
     folder = Path(output_dir)
@@ -159,6 +169,7 @@ def train(
         "pulse": pulse,
         "start": Path(start) / "joint.safetensors" if start is not None else None,
         "gentle": gentle,
+        "precision": precision,
     }
     sizes = {**_BATCH, **(batch or {})}
     missing = {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}

@@ -8,10 +8,13 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vlmcompress.core.errors import CheckpointError, ConfigError, VLMCompressError
 
 from .checkpoint import load_checkpoint, load_parameters, save_checkpoint
 from .model import Shape
@@ -35,6 +38,7 @@ class Job:
         minutes, steps: the budget of the stage; whichever is given ends it.
         batch: scenes per step and process. seed: of everything.
         device: torch device. shape: of the model. pulse: seconds between checkpoints.
+        precision: ``"bfloat16"`` (autocast; weights stay float32) or ``"float32"``.
         start: checkpoint of another run whose parameters this stage begins with. gentle: factor on
             all learning rates.
         validate_every: seconds between validations of the joint stage.
@@ -52,6 +56,7 @@ class Job:
     shape: Shape = field(default_factory=Shape)
     pulse: float = 60.0
     validate_every: float = 240.0
+    precision: str = "bfloat16"
     start: Path | None = None
     gentle: float = 1.0
 
@@ -59,6 +64,16 @@ class Job:
     def checkpoint(self) -> Path:
         """The stage's checkpoint."""
         return self.folder / f"{self.stage}.safetensors"
+
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What a run must share with its checkpoint, so that resuming continues it exactly."""
+        return {"seed": self.seed, "batch": self.batch}
+
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the budget that is used up."""
@@ -98,6 +113,7 @@ class Worker:
         job, trainee = self.job, self.stage.trainee
         state = load_checkpoint(job.checkpoint, trainee, self.optimizer)
         if state is not None:
+            self._check_identity(state)
             self.step, self.seconds, self.means = state["step"], state["seconds"], state["means"]
             self.stage.mix = Mix(np.array(state["mix"]))
             return
@@ -112,6 +128,19 @@ class Worker:
             language = load_state_mix(job.folder / "language.safetensors")
             self.stage.mix = language or self.stage.mix
 
+    def _check_identity(self, state: dict) -> None:
+        """Refuse to continue a run with another seed or batch.
+
+        Raises:
+            ConfigError: naming the difference.
+        """
+        for key, mine in self.job.identity.items():
+            if state[key] != mine:
+                raise ConfigError(
+                    f"{self.job.checkpoint} was trained with {key}={state[key]} and this run has "
+                    f"{key}={mine}: resume with the same, or train in another folder."
+                )
+
     def save(self) -> None:
         """Write the checkpoint (first process only)."""
         if self.job.rank == 0:
@@ -121,6 +150,7 @@ class Worker:
                 "means": self.means,
                 "mix": self.stage.mix.accuracy.tolist(),
                 "shape": vars(self.job.shape),
+                **self.job.identity,
             }
             save_checkpoint(self.job.checkpoint, self.stage.trainee, self.optimizer, state)
 
@@ -128,8 +158,14 @@ class Worker:
         """Append a line to the stage's log (first process only)."""
         if self.job.rank == 0:
             head = {"stage": self.job.stage, "step": self.step, "minutes": self.seconds / 60}
-            with (self.job.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps({**head, **row}) + "\n")
+            path = self.job.folder / "log.jsonl"
+            try:
+                with path.open("a") as file:
+                    file.write(json.dumps({**head, **row}) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be written ({error}). Make room and run again to resume."
+                ) from error
 
     def _note(self, metrics: dict[str, float]) -> None:
         for key, value in metrics.items():
@@ -165,8 +201,7 @@ class Worker:
         factor = self.job.gentle * rate_factor(self.step, progress, self.stage.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        kind = torch.device(self.job.device).type
-        with torch.autocast(kind, torch.bfloat16):
+        with self.job.autocast():
             loss, metrics = self.stage.loss(self.step)
         loss.backward()
         if self.job.world > 1:
@@ -183,8 +218,7 @@ class Worker:
 
     def _validate(self) -> None:
         if self.job.rank == 0 and self.job.stage == JointStage.name:
-            kind = torch.device(self.job.device).type
-            with torch.autocast(kind, torch.bfloat16):
+            with self.job.autocast():
                 table = validate(self.stage.trainee.model, self.stage.encode)
                 self.log({"validation": table})
         self.validated = self.seconds
@@ -223,8 +257,14 @@ def load_state_mix(path: Path) -> Mix | None:
     return Mix(np.array(state["mix"])) if state else None
 
 
-def run_job(job: Job, meeting: str | None = None) -> None:
-    """Entry point of a process; ``meeting`` is a file where the processes of a stage meet."""
+def run_job(job: Job, failures: Any, meeting: str | None = None) -> None:
+    """Entry point of a process.
+
+    Args:
+        job: what to do.
+        failures: a queue for errors that the caller should raise.
+        meeting: a file where the processes of a stage meet.
+    """
     if job.device == "cpu":
         torch.set_num_threads(1)
     if job.world > 1:
@@ -233,6 +273,10 @@ def run_job(job: Job, meeting: str | None = None) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=job.rank, world_size=job.world
         )
-    Worker(job).run()
+    try:
+        Worker(job).run()
+    except VLMCompressError as error:
+        failures.put(error)
+        raise SystemExit(1) from error
     if job.world > 1:
         dist.destroy_process_group()
