@@ -64,3 +64,4 @@ test-wheel:  ## the wheel in dist/ runs where it is installed alone
 import-time: $(STAMP)  ## import times beside those of transformers
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m eval_harness.import_time --out $(RESULTS)/import_time.json > /dev/null
+	$(BIN)/python scripts/readme.py

@@ -18,6 +18,7 @@ from vlmcompress.doctor import families_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
+_CLOCKS = ("wall", "cpu")
 
 
 def insert(document: str, region: str, content: str) -> str:
@@ -96,6 +97,20 @@ def reference_region(results: dict[str, Any]) -> str:
     )
 
 
+def import_region(results: dict[str, Any]) -> str:
+    """What importing this library adds to importing transformers, and where it comes from."""
+    header = ["imported", "on top of", "wall time, ratio", "processor time, ratio"]
+    rows = [
+        [f"`{row['added']}`", f"`{row['base']}`", *(f"{row[c]['ratio']:.2f}" for c in _CLOCKS)]
+        for row in results["imports"]
+    ]
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"Medians over {results['protocol']['repeats']} rounds of fresh interpreters in turns. "
+        f"{_source('assets/import_time.json', results['machine'], 'make import-time')}"
+    )
+
+
 def _percents(name: str, values: dict[str, float]) -> list[str]:
     return [name, *(f"{100 * value:.1f}" for value in values.values())]
 
@@ -125,6 +140,7 @@ def documents() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     reference = (ROOT / "docs" / "reference-model.md").read_text(encoding="utf-8")
+    benchmarking = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
     readme = _measured(readme, "table", "results.json", accuracy_region)
     readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
@@ -134,6 +150,9 @@ def documents() -> dict[Path, str]:
             reference, "reference", "reference_eval.json", reference_region
         ),
         ROOT / "docs" / "families.md": insert(families, "families", table),
+        ROOT / "docs" / "benchmarking.md": _measured(
+            benchmarking, "imports", "import_time.json", import_region
+        ),
     }
 
 

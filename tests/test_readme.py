@@ -211,3 +211,22 @@ def test_the_bench_table_is_made_from_results():
     region = script.bench_region(results)
     assert "| unpatched |  | 576 | 1.00 |  |  |" in region
     assert "| `vtc_cls` | 0.1 | 576 | 1.00 | 2.50 | 1.010 |" in region
+
+
+def test_the_import_table_is_made_from_results():
+    clocks = {"wall": {"ratio": 1.014}, "cpu": {"ratio": 1.026}}
+    results = {
+        "imports": [{"base": "import torch", "added": "import vlmcompress", **clocks}],
+        "machine": _machine(),
+        "protocol": {"repeats": 11},
+    }
+    region = script.import_region(results)
+    assert "| `import vlmcompress` | `import torch` | 1.01 | 1.03 |" in region
+    assert "(`make import-time`): commit ?" in region
+
+
+def test_importing_is_as_fast_as_promised():
+    results = json.loads((ROOT / "docs/assets/import_time.json").read_text(encoding="utf-8"))
+    ratios = [row[clock]["ratio"] for row in results["imports"] for clock in ("wall", "cpu")]
+    assert len(ratios) == 6
+    assert max(ratios) <= 1.15
