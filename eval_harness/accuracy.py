@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from vlmcompress.methods import registry
 from vlmcompress.methods.base import Method
 
 _FULL, _BLIND = "full", "blind"
+_SEED_STEP = 1_000_003  # apart by more than there are batches
+
+_Answers: TypeAlias = dict[tuple[str, float | int], dict[int, list[bool]]]
+"""Which answers were right, by configuration and run (several where a seed matters)."""
 
 
 class Sample(Protocol):
@@ -43,6 +47,7 @@ def evaluate(
     positions: str = "auto",
     batch_size: int = 64,
     seed: int = 0,
+    seeds: int = 1,
     new_tokens: int = 4,
     reuse_tower: bool = True,
     progress: Callable[[str], None] | None = None,
@@ -64,6 +69,8 @@ def evaluate(
         positions: as `patch` takes it.
         batch_size: questions at a time.
         seed: of random methods (another number for each batch) and of the bootstrap.
+        seeds: how often to run the methods that depend on a seed; a question then counts with the
+            share of runs that answered it rightly.
         new_tokens: longest answer.
         reuse_tower: run the tower once per image instead of once per question and configuration.
         progress: called with a line of text after each batch.
@@ -71,16 +78,20 @@ def evaluate(
     Returns:
         JSON-ready: `n`, `images`, `accuracy` {keep: {method: {mean, low, high}}}, `difference` (the
         same for method minus full model, paired), `by_kind` (full model) and `by_kind_interval`,
-        `by_kind_at` {keep: {method: {kind: float}}}, `full` {mean, low, high}, `blind` and
-        `blind_interval`, `seed`, `positions`, `commit`, `machine`.
+        `by_kind_at` {keep: {method: {kind: float}}}, `by_seed` {keep: {method: [float, ...]}} of
+        the methods that depend on a seed, `full` {mean, low, high}, `blind`,
+        `blind_by_kind` and `blind_interval`, `seed`, `positions`, `commit`, `machine`.
 
     Raises:
-        ConfigError: without samples, for an unknown method or two methods of one name.
+        ConfigError: without samples, for an unknown method or two methods of one name, or for
+            `seeds` below 1.
     """
     asked = list(samples)
-    plan = _Plan.of(methods, keeps)
+    plan = _Plan.of(methods, keeps, seeds)
     if not asked:
         raise ConfigError("evaluate needs at least one sample.")
+    if seeds < 1:
+        raise ConfigError(f"seeds is {seeds!r}; it must be 1 or more.")
     from vlmcompress import patch
 
     where = machine.describe(model)
@@ -105,9 +116,10 @@ class _Plan:
 
     methods: dict[str, Method | None]
     keeps: tuple[float | int, ...]
+    seeds: int
 
     @classmethod
-    def of(cls, methods: Sequence[str | Method], keeps: Sequence[float | int]) -> _Plan:
+    def of(cls, methods: Sequence[str | Method], keeps: Sequence[float | int], seeds: int) -> _Plan:
         found: dict[str, Method | None] = {}
         for method in methods:
             name = method if isinstance(method, str) else method.name
@@ -116,7 +128,12 @@ class _Plan:
             if name in found or name == _FULL:
                 raise ConfigError(f"Method {name!r} is given twice, or is a reserved name.")
             found[name] = _instance(method)
-        return cls(found, tuple(keeps))
+        return cls(found, tuple(keeps), seeds)
+
+    def seeds_of(self, name: str) -> range:
+        """How often a method is run."""
+        method = self.methods[name]
+        return range(self.seeds if method is not None and method.stochastic else 1)
 
     def runs(self) -> list[tuple[str, float | int]]:
         """(method, keep) pairs that differ from the full model."""
@@ -145,7 +162,7 @@ class _Run:
     seed: int
     new_tokens: int
     reuse_tower: bool
-    right: dict[tuple[str, float | int], list[bool]] = field(default_factory=dict)
+    right: _Answers = field(default_factory=dict)
     done: int = 0
 
     def batch(self, handle: Any, index: int, samples: Sequence[Sample]) -> None:
@@ -158,9 +175,11 @@ class _Run:
                 self._note((_FULL, 1.0), self._ask(inputs), samples)
         for name, keep in self.plan.runs():
             method = self.plan.methods[name] or oracle(name, samples)
-            handle.set(method=recording.method(method), keep=keep, seed=self.seed + index)
-            with recording.replayed(method):
-                self._note((name, keep), self._ask(inputs), samples)
+            for run in self.plan.seeds_of(name):
+                seed = self.seed + index + run * _SEED_STEP
+                handle.set(method=recording.method(method), keep=keep, seed=seed)
+                with recording.replayed(method):
+                    self._note((name, keep), self._ask(inputs), samples, run)
         self.done += len(samples)
 
     def _inputs(self, samples: Sequence[Sample], with_image: bool) -> Any:
@@ -195,10 +214,14 @@ class _Run:
         return tokenizer.batch_decode(new, skip_special_tokens=True)
 
     def _note(
-        self, key: tuple[str, float | int], answers: list[str], samples: Sequence[Sample]
+        self,
+        key: tuple[str, float | int],
+        answers: list[str],
+        samples: Sequence[Sample],
+        run: int = 0,
     ) -> None:
         right = [is_right(a, s.answer) for a, s in zip(answers, samples, strict=True)]
-        self.right.setdefault(key, []).extend(right)
+        self.right.setdefault(key, {}).setdefault(run, []).extend(right)
 
 
 def is_right(answer: str, expected: str) -> bool:
@@ -222,12 +245,13 @@ def _batches(samples: Sequence[Sample], size: int) -> Iterable[Sequence[Sample]]
 def _results(
     samples: Sequence[Sample],
     plan: _Plan,
-    right: dict[tuple[str, float | int], list[bool]],
+    right: _Answers,
     seed: int,
 ) -> dict[str, Any]:
     kinds = np.array([s.kind for s in samples])
     images = np.array([s.scene_id for s in samples])
-    values = {key: np.array(rows, dtype=float) for key, rows in right.items()}
+    runs = {key: np.array(list(rows.values()), dtype=float) for key, rows in right.items()}
+    values = {key: rows.mean(axis=0) for key, rows in runs.items()}
     full = values[_FULL, 1.0]
 
     def of(name: str, keep: float | int) -> np.ndarray:
@@ -253,10 +277,23 @@ def _results(
             for rows in [full[kinds == kind]]
         },
         "by_kind_at": table(lambda row: _by_kind(row, kinds)),
+        "by_seed": {
+            str(keep): {
+                name: [_mean(row, kinds) for row in runs[name, keep]]
+                for name in plan.methods
+                if len(runs.get((name, keep), ())) > 1
+            }
+            for keep in plan.keeps
+        },
         "full": estimate(full),
         "blind": estimate(values[_BLIND, 0])["mean"],
+        "blind_by_kind": _by_kind(values[_BLIND, 0], kinds),
         "blind_interval": estimate(values[_BLIND, 0]),
     }
+
+
+def _mean(values: np.ndarray, kinds: np.ndarray) -> float:
+    return float(np.mean(list(_by_kind(values, kinds).values())))
 
 
 def _by_kind(values: np.ndarray, kinds: np.ndarray) -> dict[str, float]:

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from vlmcompress.cli.output import Json, Out, emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, load, words
+from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
 
 app = typer.Typer(
     no_args_is_help=True, help="Train and evaluate the small model that ships with the library."
 )
 
 _BATCH = 64
+_LONGEST_ANSWER = 6  # tokens: a word, letter by letter, and its end
 
 
 @app.command()
@@ -58,12 +59,14 @@ def evaluate(
         typer.Option(help="Comma-separated; oracle, oracle_asked and anti_oracle are controls."),
     ] = "vtc_cls,fastervlm,hired,divprune,pool,uniform,random,oracle,oracle_asked,anti_oracle",
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "1.0,0.5,0.25,0.1,0.05",
+    world: Annotated[str, typer.Option(help="objects or text.")] = "objects",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     positions: Annotated[str, typer.Option(help="auto, contiguous or original.")] = "auto",
     weights: Annotated[
         str, typer.Option(help="Folder of a model trained on the scenes.")
     ] = REFERENCE,
     seed: Annotated[int, typer.Option(help="Of random methods and intervals.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     out: Out = None,
     as_json: Json = False,
@@ -80,16 +83,56 @@ def evaluate(
         results = run(
             model,
             processor,
-            samples(split, n),
+            samples(split, n, world=world),
             methods=words(methods),
             keeps=[_number(k) for k in words(keeps)],
             positions=positions,
             batch_size=_BATCH,
             seed=seed,
+            seeds=seeds,
+            new_tokens=_LONGEST_ANSWER,
             progress=lambda _line: bar.update(),
         )
-    results = {**results, "split": split}
+    results = {**results, "split": split, "world": world}
     emit(results, _text(results), as_json, out)
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept beside it.")],
+    n: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = 4000,
+    n_text: Annotated[int, typer.Option(min=0, help="Questions about texts; 0 for none.")] = 1500,
+    methods: Annotated[str, typer.Option(help="Comma-separated; all where not given.")] = "",
+    keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "1.0,0.5,0.25,0.1,0.05,0.02",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes for the detector table.")] = 400,
+    weights: Annotated[
+        str, typer.Option(help="Folder of a model trained on the scenes.")
+    ] = REFERENCE,
+    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """All tables of the reference model's card, and its targets; a stopped study goes on."""
+    from vlmcompress.reference.study import METHODS, Plan
+    from vlmcompress.reference.study import study as run
+
+    plan = Plan(
+        questions={"objects": n, **({"text": n_text} if n_text else {})},
+        methods=tuple(words(methods)) if methods else METHODS,
+        keeps=tuple(float(_number(k)) for k in words(keeps)),
+        seeds=seeds,
+        scenes=scenes,
+    )
+    with progress("parts", len(plan.parts())) as bar:
+        results = run(
+            plan,
+            out.with_suffix(".parts"),
+            weights=location(weights),
+            processes=processes,
+            progress=lambda _part: bar.update(),
+        )
+    rows = [[t["target"], t["found"], "yes" if t["met"] else "no"] for t in results["targets"]]
+    emit(results, table(["target", "found", "met"], rows), as_json, out)
 
 
 def _number(text: str) -> float | int:

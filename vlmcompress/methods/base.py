@@ -99,6 +99,7 @@ class Method(ABC):
         paper: link to the source.
         count_kind: `exact` (the count is known before any pixel), `at_most`, or `content`.
         training_free: whether it works without trained weights of its own.
+        stochastic: whether what it keeps depends on the seed.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     count_kind: ClassVar[CountKind] = "exact"
     training_free: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
 
     def needs(self) -> Needs:
         """The evidence this method reads."""

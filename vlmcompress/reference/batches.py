@@ -113,6 +113,12 @@ def pack(scenes: Sequence[Drawn], questions: list[list[Question]], encode: Encod
     return Packed(tokens, blocks, offsets, targets, kinds, answered.bool(), slots, asked_where)
 
 
+def pixels_of(scenes: Sequence[Drawn]) -> Tensor:
+    """Normalised images ``[b, 3, 224, 224]``, as the processor makes them."""
+    stacked = torch.from_numpy(np.stack([s.pixels for s in scenes]))
+    return stacked.permute(0, 3, 1, 2).float().mul_(1 / (255 * _STD)).sub_(_MEAN / _STD)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Scenes, their labels stacked ``[b, ...]``, and their packed questions."""
@@ -123,9 +129,8 @@ class Batch:
     packed: Packed
 
     def pixels(self) -> Tensor:
-        """Normalised images ``[b, 3, 224, 224]``, as the processor makes them."""
-        stacked = torch.from_numpy(np.stack([s.pixels for s in self.scenes]))
-        return stacked.permute(0, 3, 1, 2).float().mul_(1 / (255 * _STD)).sub_(_MEAN / _STD)
+        """Normalised images, see `pixels_of`."""
+        return pixels_of(self.scenes)
 
 
 def _stack(labels: list[PatchLabels]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Random(TokenCompressor):
     """
 
     name: ClassVar[str] = "random"
+    stochastic: ClassVar[bool] = True
     seed: int | None = None
 
     def __post_init__(self) -> None:
