@@ -67,7 +67,7 @@ def default_positions(model: Any, call: Mapping[str, Any]) -> Tensor:
             mm_token_type_ids=call["mm_token_type_ids"],
         )
     start = 1 if model.config.model_type == "paligemma" else 0
-    return (torch.arange(ids.shape[1]) + start).expand_as(ids)
+    return (torch.arange(ids.shape[1], device=ids.device) + start).expand_as(ids)
 
 
 def masked_logits(
@@ -94,7 +94,7 @@ def cut(
     output.pooler_output = torch.stack(list(short)) if stackable else list(short)
     out = {
         "input_ids": call["input_ids"][:, columns],
-        "attention_mask": torch.ones(1, len(columns)).long(),
+        "attention_mask": torch.ones_like(columns)[None],
     }
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in call:
@@ -107,7 +107,8 @@ def text_positions_like(model: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     if not hasattr(model.base_model, "compute_3d_position_ids"):
         return {}
     length = call["input_ids"].shape[1]
-    return {"position_ids": torch.arange(length).expand(3, 1, -1)}
+    where = torch.arange(length, device=call["input_ids"].device)
+    return {"position_ids": where.expand(3, 1, -1)}
 
 
 def row(

@@ -74,7 +74,7 @@ class Talk:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
 def test_images_in_turns_one_and_three(family, positions):
-    if reason := matrix.exempt("turns over a cache", family=family):
+    if reason := matrix.exempt("turns", family=family):
         pytest.skip(reason)
     model = tiny.build(family)
     talk = Talk(model)

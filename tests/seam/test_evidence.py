@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from tests import tiny
-from tests.seam import matrix, oracle
+from tests.seam import kernels, matrix, oracle
 from vlmcompress import EvidenceError, patch
 from vlmcompress.families import family_of
 from vlmcompress.families.towers import QueriesKeys
@@ -203,28 +204,27 @@ def test_connector_input_is_bit_equal_under_a_pass():
 FLASH_CALLS = []
 
 
-def _fake_flash(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    """Like FlashAttention: no weights, no masks of four dimensions."""
+def _counted_flash(module, query, key, value, attention_mask=None, **kwargs):
+    """The flash path, which gives no weights and takes no masks of four dimensions."""
     assert attention_mask is None or attention_mask.ndim == 2
     FLASH_CALLS.append(type(module).__name__)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return kernels.fake_flash(module, query, key, value, attention_mask, **kwargs)
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_vl"])
 @torch.no_grad()
 def test_a_flash_kernel_in_the_tower_is_used_and_never_replaced(family):
-    AttentionInterface.register("fake_flash", _fake_flash)
-    AttentionMaskInterface.register("fake_flash", lambda *args, **kwargs: None)
+    AttentionInterface.register("counted_flash", _counted_flash)
+    AttentionMaskInterface.register("counted_flash", flash_attention_mask)
     sdpa, model = tiny.build(family), tiny.build(family)
     tower = family_of(model).tower_module(model.base_model)
-    tower.config._attn_implementation = "fake_flash"
+    tower.config._attn_implementation = "counted_flash"
     call = tiny.inputs(model, oracle.ONE)
     with patch(sdpa, keep=0.25) as a, patch(model, keep=0.25) as b:
         FLASH_CALLS.clear()
         left, right = sdpa(**call).logits, model(**call).logits
         calls = len(FLASH_CALLS)
-        assert tower.config._attn_implementation == "fake_flash"
+        assert tower.config._attn_implementation == "counted_flash"
         assert torch.equal(a.kept[0], b.kept[0])
     layers = len(family_of(model).tower(model.base_model).layers(tower))
     unread = 1 if family == "llava" else 0
