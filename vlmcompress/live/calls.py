@@ -130,8 +130,8 @@ class _Preparation:
         model, family, call = self.model, self.state.family, self.call
         known = conversation.record_of(cache)
         if known is None:
-            rows = len(call["input_ids"])
-            known = conversation.plain_record(model, family, cache, self._mode, rows)
+            ids = call["input_ids"]
+            known = conversation.plain_record(model, family, cache, self._mode, ids)
         turn_of = conversation.generate_turn if self.generating else conversation.forward_turn
         arguments, turn, grown = turn_of(model, family, call, known, self.encoded)
         self._set_rope_deltas(grown.next_position, turn.whole)

@@ -218,10 +218,19 @@ def forward_turn(
 
 
 def plain_record(
-    model: Any, family: Any, cache: Any, mode: positions.Mode, batch: int
+    model: Any, family: Any, cache: Any, mode: positions.Mode, like: Tensor
 ) -> CacheRecord:
-    """A record for a cache of uncompressed turns, so that a later image can be compressed."""
-    held, device = cache.get_seq_length(), next(model.parameters()).device
+    """A record for a cache of uncompressed turns, so that a later image can be compressed.
+
+    Args:
+        model: the outer model.
+        family: its facts.
+        cache: the cache.
+        mode: resolved position mode.
+        like: the ids of the call, for batch and device; parameters may be offloaded.
+    """
+    batch, device = len(like), like.device
+    held = cache.get_seq_length()
     ids = torch.full((batch, held), -1, device=device)
     deltas = getattr(model.base_model, "rope_deltas", None)
     following = None

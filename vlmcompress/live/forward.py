@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.costs import cache_bytes
+from vlmcompress.core.errors import UnsupportedModelError
 from vlmcompress.core.placement import Placement
 from vlmcompress.live import calls, conversation
 from vlmcompress.live.inputs import by_name
@@ -40,6 +41,11 @@ def before_forward(
     state = state_of(module)
     if state is None:
         return None
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            "DataParallel copies a model without its methods, so that a patch cannot follow; use "
+            "DistributedDataParallel, one process per device."
+        )
     local = state.local
     local.pending = None
     if local.generating:

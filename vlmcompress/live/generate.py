@@ -29,6 +29,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with images compressed; the same arguments and return value."""
     state = state_of(self)
     native: Callable[..., Any] = type(self).generate.__get__(self)
+    if state is not None and state.generate is not None:
+        native = state.generate
     if state is None or state.local.generating:
         return native(*args, **kwargs)
     call = by_name(GenerationMixin.generate, args, kwargs)

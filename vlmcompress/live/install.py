@@ -10,6 +10,7 @@ from torch import nn
 
 from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
 from vlmcompress.families import Family
+from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
 from vlmcompress.live.state import ATTRIBUTE, State
@@ -19,8 +20,19 @@ from vlmcompress.methods.stages import Resolved
 
 
 def outer_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT model or `torch.compile(model)`.
+
+    Raises:
+        UnsupportedModelError: for other wrappers, such as `DistributedDataParallel`.
+    """
+    model = unwrapped(model)
+    model = unwrapped(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps the model; patch the one inside it: "
+            "patch(model.module, ...)."
+        )
+    return model
 
 
 def check_seam(model: Any) -> None:
@@ -63,10 +75,6 @@ def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
 
 def install(model: Any, state: State) -> None:
     """Put every hook on, and the one attribute."""
-    # Here, where a model has loaded transformers' generation already: `import transformers` leaves
-    # that for later, and so does `from vlmcompress import patch`.
-    from vlmcompress.live.generate import generate
-
     base, family = model.base_model, state.family
     tower = family.tower(base)
     if tower is not None:
@@ -76,10 +84,12 @@ def install(model: Any, state: State) -> None:
     connector = family.connector(base)
     if connector is not None:
         state.handles.append(hook_connector(connector))
-    state.handles.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
-    state.handles.append(model.register_forward_hook(after_forward, with_kwargs=True))
-    model.__dict__["generate"] = types.MethodType(generate, model)
+    before, after = Untraced(before_forward), Untraced(after_forward)
+    state.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+    state.handles.append(model.register_forward_hook(after, with_kwargs=True))
+    _put_generate_on(model, state)
     model.__dict__[ATTRIBUTE] = state
+    forget_compiled(model)
 
 
 def uninstall(model: Any, state: State) -> None:
@@ -92,4 +102,38 @@ def uninstall(model: Any, state: State) -> None:
         state.evidence.remove()
     for handle in state.handles:
         handle.remove()
-    del model.__dict__["generate"], model.__dict__[ATTRIBUTE]
+    _put_generate_back(model, state)
+    del model.__dict__[ATTRIBUTE]
+    forget_compiled(model)
+
+
+def _put_generate_on(model: Any, state: State) -> None:
+    """Ours in the place of one that others had set; one that wraps ours stays and leads to it."""
+    previous = model.__dict__.get("generate")
+    wrapped = previous
+    while wrapped is not None and not _is_ours(wrapped):
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    if wrapped is None:
+        state.generate = previous
+        model.__dict__["generate"] = types.MethodType(_generate(), model)
+
+
+def _put_generate_back(model: Any, state: State) -> None:
+    """Leave one that others have wrapped around ours since; ours then finds no state."""
+    if not _is_ours(model.__dict__.get("generate")):
+        return
+    del model.__dict__["generate"]
+    if state.generate is not None:
+        model.__dict__["generate"] = state.generate
+
+
+def _is_ours(method: Any) -> bool:
+    return getattr(method, "__func__", None) is _generate()
+
+
+def _generate() -> Any:
+    # Here, where a model has loaded transformers' generation already: `import transformers` leaves
+    # that for later, and so does `from vlmcompress import patch`.
+    from vlmcompress.live.generate import generate
+
+    return generate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ class State:
         handles: hooks to take off.
         evidence: hooks on the tower, where its attention can be read.
         calls: how many forwards and generates came with and without images.
+        generate: a `generate` that others had set on the instance before; None where there was
+            none.
     """
 
     family: Family
@@ -85,6 +88,7 @@ class State:
     handles: list[RemovableHandle] = field(default_factory=list)
     evidence: EvidenceHooks | None = None
     calls: Counter[str] = field(default_factory=Counter)
+    generate: Callable[..., Any] | None = None
 
     @property
     def active(self) -> bool:
