@@ -90,6 +90,22 @@ def test_selection_after_a_merge_drops_whole_groups():
     assert kept.assignment.tolist() == [[-1, -1, 0, 0, 0, 1]]
 
 
+def test_regrouping_twice_sums_masses_and_follows_every_token():
+    tokens = tokens_of(1, 6)
+    moved = torch.tensor([[0, 0, 1, -1, 1, 2]])
+    source = torch.tensor([[1, 4, 5]])
+    first = tokens.regroup(torch.zeros(1, 3, 3), source, moved)
+    assert first.mass.tolist() == [[2, 2, 1]]
+    assert first.index.tolist() == [[1, 4, 5]]
+    assert first.assignment.tolist() == [[0, 0, 1, -1, 1, 2]]
+    assert first.evidence.cls_attention[3][0, 0].tolist() == [1, 4, 5]
+    again = first.regroup(torch.ones(1, 2, 3), torch.tensor([[0, 2]]), torch.tensor([[0, -1, 1]]))
+    assert again.mass.tolist() == [[2, 1]]
+    assert again.index.tolist() == [[1, 5]]
+    assert again.assignment.tolist() == [[0, 0, -1, -1, -1, 1]]
+    assert torch.equal(again.features, torch.ones(1, 2, 3))
+
+
 def test_gradients_reach_kept_rows_only():
     features = torch.randn(1, 4, 2, requires_grad=True)
     VisualTokens.from_features(features).select(torch.tensor([[1, 3]])).features.sum().backward()

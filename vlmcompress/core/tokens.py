@@ -177,22 +177,34 @@ class VisualTokens:
         Args:
             index: [b, k] int64 rows of the current sequence, unique within a unit.
         """
-        rows = self.index.gather(1, index)
         number = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        b = len(index)
+        moved = index.new_full((len(index), self.n), -1).scatter_(1, index, number)
+        return self.regroup(_gather(self.features, index), index, moved)
+
+    def regroup(self, features: Tensor, source: Tensor, moved: Tensor) -> VisualTokens:
+        """New rows made of the current ones.
+
+        Args:
+            features: [b, k, d] of the new rows.
+            source: [b, k] int64 current row that represents each new one.
+            moved: [b, n] int64 new row that each current one became part of, -1 where dropped.
+        """
+        kept = moved >= 0
+        mass = self.mass.new_zeros(source.shape)
+        mass = mass.scatter_add_(1, moved.clamp(min=0), self.mass * kept)
         if self.assignment is None:
-            assignment = index.new_full((b, self.n_full), -1).scatter_(1, rows, number)
+            assignment = moved  # so far, rows are the uncompressed tokens
         else:
-            renumber = index.new_full((b, self.n + 1), -1).scatter_(1, index, number)
+            beyond = torch.cat([moved, moved.new_full((len(moved), 1), -1)], dim=1)
             old = torch.where(self.assignment < 0, self.n, self.assignment)
-            assignment = renumber.gather(1, old)
+            assignment = beyond.gather(1, old)
         return dataclasses.replace(
             self,
-            features=_gather(self.features, index),
-            index=rows,
-            mass=self.mass.gather(1, index),
+            features=features,
+            index=self.index.gather(1, source),
+            mass=mass,
             assignment=assignment,
-            evidence=self.evidence.select(index),
+            evidence=self.evidence.select(source),
         )
 
 
