@@ -10,8 +10,10 @@ SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 RESULTS := docs/assets
+# On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
+SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: setup dist test-wheel import-time demo test test-matrix lint bench results readme
+.PHONY: support setup dist test-wheel import-time demo test test-matrix lint bench results readme
 
 setup: $(STAMP)
 
@@ -65,3 +67,7 @@ import-time: $(STAMP)  ## import times beside those of transformers
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m eval_harness.import_time --out $(RESULTS)/import_time.json > /dev/null
 	$(BIN)/python scripts/readme.py
+
+support: $(STAMP)  ## what a patched model works with: docs/support.md from the outcomes of tests
+	$(SINGLE) $(BIN)/python -m pytest tests/support --ignore tests/support/test_table.py --support-out $(SUPPORT_OUT) $(TEST_ARGS)
+	$(BIN)/python scripts/support.py
