@@ -13,7 +13,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time demo test test-matrix lint bench results readme
+.PHONY: support setup dist test-wheel import-time demo test test-matrix test-matrix-report lint bench results readme
 
 setup: $(STAMP)
 
@@ -29,8 +29,15 @@ demo: $(STAMP)  ## the pictures and the table of the README, offline
 test: $(STAMP)  ## everything but the full matrix and what needs a GPU
 	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix and not gpu" $(TEST_ARGS)
 
-test-matrix: $(STAMP)  ## every method on every family
-	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "matrix" $(TEST_ARGS)
+# Outcomes are appended to build/matrix as they come; what has passed with the same sources does
+# not run again. FRESH=1 forgets it, SHARD=1/4 runs a quarter (test-matrix-report joins them).
+test-matrix: $(STAMP)  ## every method, family, kernel and dtype
+	$(SINGLE) $(BIN)/python -m pytest -p tests.matrix.plugin -n $(WORKERS) --dist worksteal -m matrix $(if $(SHARD),--shard $(SHARD)) $(if $(FRESH),--fresh) $(TEST_ARGS) tests/matrix
+	$(if $(SHARD),,$(MAKE) test-matrix-report)
+
+test-matrix-report: $(STAMP)  ## outcomes of the matrix into docs/assets/matrix.json and the docs
+	$(BIN)/python -m tests.matrix
+	$(BIN)/python scripts/readme.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

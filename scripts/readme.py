@@ -111,6 +111,61 @@ def import_region(results: dict[str, Any]) -> str:
     )
 
 
+def matrix_region(results: dict[str, Any]) -> str:
+    """The table method x family of the full matrix, and where it comes from."""
+    families = results["axes"]["family"]
+    rows = [
+        [f"`{method}`", *(_verdict(results, method, family) for family in families)]
+        for method in results["axes"]["method"]
+    ]
+    exempt = {exemption["reason"] for exemption in results["exemptions"]}
+    skips = sorted(set(results["reasons"].values()) - exempt)
+    counts = [f"{n} {name}" for name, n in results["counts"].items() if n]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{markdown(['', *(f'`{family}`' for family in families)], rows)}\n\n"
+        f"✓ all cells passed; a number names the exemption below that holds for some of them; "
+        f"`-` the method does not exist there ({'; '.join(results['absent'])}). "
+        f"Cells: {', '.join(counts)}{_in_brackets(skips)}. "
+        f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): {versions}."
+    )
+
+
+def _in_brackets(reasons: list[str]) -> str:
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def _verdict(results: dict[str, Any], method: str, family: str) -> str:
+    """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
+    row = results["results"][method].get(family)
+    if row is None:
+        return "-"
+    signs = "".join(row["outcomes"])
+    notes = [
+        str(number)
+        for number, e in enumerate(results["exemptions"], start=1)
+        if set(e["equality"]) <= set(results["axes"]["equality"])
+        and (e["method"] or e["family"])
+        and (not e["method"] or method in e["method"])
+        and (not e["family"] or family in e["family"])
+    ]
+    verdict = "✗" if "F" in signs else "?" if "?" in signs else "✓"
+    return f"{verdict} <sup>{', '.join(notes)}</sup>" if notes else verdict
+
+
+def exemptions_region(results: dict[str, Any]) -> str:
+    """The exemptions of the matrix, numbered."""
+    axes = ("equality", "method", "family", "kernel", "dtype")
+    names = {**results["axes"]["equality"], **results["axes"]["other equalities"]}
+    lines = [("no.", *axes, "reason"), ("---",) * 7]
+    for number, exemption in enumerate(results["exemptions"], start=1):
+        shown = {axis: [f"`{value}`" for value in exemption[axis]] for axis in axes}
+        shown["equality"] = [names[equality] for equality in exemption["equality"]]
+        cells = (", ".join(shown[axis]) or "all" for axis in axes)
+        lines.append((str(number), *cells, exemption["reason"]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _percents(name: str, values: dict[str, float]) -> list[str]:
     return [name, *(f"{100 * value:.1f}" for value in values.values())]
 
@@ -141,6 +196,8 @@ def documents() -> dict[Path, str]:
     families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     reference = (ROOT / "docs" / "reference-model.md").read_text(encoding="utf-8")
     benchmarking = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+    exactness = (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
+    exactness = _measured(exactness, "matrix", "matrix.json", matrix_region)
     readme = _measured(readme, "table", "results.json", accuracy_region)
     readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
@@ -150,6 +207,9 @@ def documents() -> dict[Path, str]:
             reference, "reference", "reference_eval.json", reference_region
         ),
         ROOT / "docs" / "families.md": insert(families, "families", table),
+        ROOT / "docs" / "exactness.md": _measured(
+            exactness, "exemptions", "matrix.json", exemptions_region
+        ),
         ROOT / "docs" / "benchmarking.md": _measured(
             benchmarking, "imports", "import_time.json", import_region
         ),
