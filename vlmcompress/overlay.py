@@ -45,16 +45,24 @@ def seen_patches(record: CallRecord, unit: int) -> Tensor:
     Raises:
         UnsupportedInputError: when the image's tokens do not lie on a grid.
     """
-    h, w = record.grids[unit]
-    n = record.tokens_before[unit]
-    if h * w != n:
+    segments, assignment = record.segments[unit], record.assignments[unit]
+    n, covered = record.tokens_before[unit], sum(s.length for s in segments)
+    if covered not in (n, n - 1):  # a single view may end in a newline
         raise UnsupportedInputError(
             f"Image {unit} has {n} tokens that lie on no grid; it cannot be drawn."
         )
-    assignment = record.assignments[unit]
     if assignment is None:
-        return torch.ones(h, w, dtype=torch.bool)
-    return (assignment >= 0).view(h, w).cpu()
+        assignment = torch.zeros(n, dtype=torch.long)
+    seen = [(assignment[s.slice] >= 0).view(s.grid[1:]).cpu() for s in segments]
+    if len(seen) == 1:
+        return seen[0]
+    whole, tiles = seen[0], seen[1][:, :-1]  # the last column holds the newlines
+    return tiles | _stretched(whole, tiles.shape)
+
+
+def _stretched(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask [h, w] laid over another grid of the same picture."""
+    return torch.nn.functional.interpolate(mask[None, None].float(), tuple(shape))[0, 0] > 0
 
 
 def as_seen(image: Image, processor: Any) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +38,10 @@ FAMILIES: tuple[str, ...] = tuple(configs.CONFIGS)
 UNSUPPORTED: tuple[str, ...] = tuple(configs.UNSUPPORTED_CONFIGS)
 """Families that `build` knows, without inputs."""
 
-RAGGED_GRID_FAMILIES: tuple[str, ...] = ("llava_pixtral", "qwen2_vl", "glm4v", "kimi_k25")
+RAGGED_GRID_FAMILIES: tuple[str, ...] = (
+    *("llava_pixtral", "qwen2_vl", "glm4v", "kimi_k25"),
+    *("llava_next", "llava_onevision"),
+)
 """Families whose images may differ in size within one batch (`image_sizes` of `inputs`)."""
 
 Size = tuple[int, int]
@@ -46,7 +50,10 @@ _DEFAULT_SIZES: dict[str, Size] = {
     "qwen2_vl": (8, 12),
     "glm4v": (8, 12),
     "kimi_k25": (8, 12),
+    "llava_next": (3, 8),
+    "llava_onevision": (3, 8),
 }
+_ANYRES = ("llava_next", "llava_onevision")
 _PATCHED = ("qwen2_vl", "glm4v", "kimi_k25")
 
 
@@ -117,8 +124,8 @@ def tokens_per_image(
 ) -> int | list[int]:
     """Number of placeholders of an image of the default size, or of one per size in patches."""
     if image_sizes is None:
-        return math.prod(_llm_grid(model, _default_size(model)))
-    return [math.prod(_llm_grid(model, size)) for size in image_sizes]
+        return _tokens(model, _default_size(model))
+    return [_tokens(model, size) for size in image_sizes]
 
 
 def inputs(
@@ -171,6 +178,30 @@ def _merge_size(model: PreTrainedModel) -> int:
     }.get(_kind(model), lambda: 1)()
 
 
+def _tokens(model: PreTrainedModel, size: Size) -> int:
+    """Placeholders of one image; of AnyRes images as many as the model packs."""
+    if _kind(model) not in _ANYRES:
+        return math.prod(_llm_grid(model, size))
+    tower = model.config.vision_config
+    side = tower.image_size // tower.patch_size
+    pixels = torch.tensor([size]) * tower.patch_size
+    views = torch.zeros(_views(model, size), side * side, 1)
+    packing = {"vision_feature_select_strategy": "default"}
+    if _kind(model) == "llava_onevision":
+        packing = {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+    newline = torch.zeros(1)
+    (rows,), _ = model.model.pack_image_features([views], pixels, image_newline=newline, **packing)
+    return len(rows)
+
+
+def _views(model: PreTrainedModel, size: Size) -> int:
+    """Passes of the tower for an AnyRes image of a size in patches."""
+    tower = model.config.vision_config
+    count = sys.modules[type(model).__module__].image_size_to_num_patches
+    pixels = [side * tower.patch_size for side in size]
+    return count(pixels, model.config.image_grid_pinpoints, tower.image_size)
+
+
 def _llm_grid(model: PreTrainedModel, size: Size) -> Size:
     merge = _merge_size(model)
     if size[0] % merge or size[1] % merge:
@@ -209,12 +240,12 @@ def _row(
 
 def _image_ids(model: PreTrainedModel, size: Size) -> list[int]:
     """The ids that stand for one image: placeholders and the markers of the family."""
-    height, width = _llm_grid(model, size)
-    run = [configs.IMAGE] * (height * width)
+    run = [configs.IMAGE] * _tokens(model, size)
     match _kind(model):
-        case "llava" | "vipllava" | "paligemma":
+        case "llava" | "vipllava" | "paligemma" | "llava_next" | "llava_onevision":
             return run
         case "pixtral":
+            height, width = _llm_grid(model, size)
             rows = ([configs.IMAGE] * width + [configs.BREAK]) * height
             return [*rows[:-1], configs.END]
         case "ovis2":
@@ -251,6 +282,13 @@ def _pixels(
     model: PreTrainedModel, sizes: Sequence[Size], generator: torch.Generator
 ) -> dict[str, Tensor]:
     kind, tower = _kind(model), model.config.vision_config
+    if kind in _ANYRES:
+        views = [_views(model, size) for size in sizes]
+        shape = (len(sizes), max(views), 3, tower.image_size, tower.image_size)
+        pixels = torch.randn(shape, generator=generator)
+        for image, count in zip(pixels, views, strict=True):
+            image[count:] = 0  # the processor pads missing tiles
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes) * tower.patch_size}
     height, width = (max(side) for side in zip(*sizes, strict=True))
     if kind not in _PATCHED:
         shape = (len(sizes), 3, height * tower.patch_size, width * tower.patch_size)

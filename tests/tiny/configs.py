@@ -232,6 +232,18 @@ def _llava_next() -> PreTrainedConfig:
     )
 
 
+def _llava_onevision() -> PreTrainedConfig:
+    return _config(
+        "llava_onevision",
+        _siglip(4),
+        _text("qwen2"),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_1",
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )
+
+
 def _qwen2_5_vl() -> PreTrainedConfig:
     tower = {
         "depth": 6,
@@ -274,9 +286,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "ovis2": _ovis2,
     "aya_vision": _aya_vision,
     "cohere2_vision": _cohere2_vision,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
 }
 UNSUPPORTED_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llava_next": _llava_next,
     "qwen2_5_vl": _qwen2_5_vl,
     "internvl": _internvl,
     "gemma3": _gemma3,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vlmcompress.core.tokens import Segment
+
 
 def _no_times() -> Mapping[str, float]:
     return {}
@@ -24,7 +26,7 @@ class CallRecord:
         kept: per image, kept rows of the uncompressed image, ascending.
         assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if
             untouched.
-        grids: per image (h, w) in tokens.
+        segments: per image the rectangles of tokens.
         batch: rows of the prompt.
         prompt_length: L, the caller's prompt length.
         short_length: L', what the language model saw.
@@ -45,7 +47,7 @@ class CallRecord:
     tokens_after: tuple[int, ...]
     kept: tuple[Tensor, ...]
     assignments: tuple[Tensor | None, ...]
-    grids: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[Segment, ...], ...]
     batch: int
     prompt_length: int
     short_length: int
@@ -57,6 +59,11 @@ class CallRecord:
     kv_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     clock: Callable[[], Mapping[str, float]] = field(default=_no_times, repr=False, compare=False)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Per image (h, w) in tokens; of the whole view, where the image was also cut up."""
+        return tuple(segments[0].grid[1:] for segments in self.segments)
 
     @property
     def times(self) -> Mapping[str, float]:

@@ -30,6 +30,10 @@ class Segment:
     grid: tuple[int, int, int]
     slice: slice
 
+    def __hash__(self) -> int:
+        """Slices have a hash from Python 3.12 on only."""
+        return hash((self.kind, self.grid, self.slice.start, self.slice.stop))
+
     @property
     def length(self) -> int:
         """Number of tokens in the rectangle."""
@@ -47,7 +51,11 @@ class Evidence:
         received_attention: {layer: [b, heads, n]} attention each token receives, averaged over all
             queries.
         keys: {layer: [b, n, heads, head_dim]} keys without [CLS].
-        text: [b, m, e] text embeddings.
+        text: [b, m, e] embeddings of the parts of the question; rows of zeros fill up.
+        wide_cls_attention: {layer: [b, 1, n]} as `cls_attention`, with all heads taken as one head
+            of full width.
+        cls_features: [b, d] what the connector would read of [CLS].
+        patches: [b, n, e] embeddings of the tokens in the space of `text`.
 
     Layers are absolute indices (0 = first tower layer). Where several patches form one token,
     attention is summed over them, keys are averaged.
@@ -57,6 +65,9 @@ class Evidence:
     received_attention: Mapping[int, Tensor] = field(default_factory=dict)
     keys: Mapping[int, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
+    wide_cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    cls_features: Tensor | None = None
+    patches: Tensor | None = None
 
     def take_units(self, units: Tensor) -> Evidence:
         """Evidence of some units only; `units` indexes the first dimension of every tensor."""
@@ -73,14 +84,26 @@ class Evidence:
             {i: columns(a) for i, a in self.received_attention.items()},
             {i: _gather(k, index) for i, k in self.keys.items()},
             self.text,
+            {i: columns(a) for i, a in self.wide_cls_attention.items()},
+            self.cls_features,
+            None if self.patches is None else _gather(self.patches, index),
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
+        def rows(captured: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: fn(values) for layer, values in captured.items()}
+
+        def one(value: Tensor | None) -> Tensor | None:
+            return None if value is None else fn(value)
+
         return Evidence(
-            {i: fn(a) for i, a in self.cls_attention.items()},
-            {i: fn(a) for i, a in self.received_attention.items()},
-            {i: fn(k) for i, k in self.keys.items()},
-            None if self.text is None else fn(self.text),
+            rows(self.cls_attention),
+            rows(self.received_attention),
+            rows(self.keys),
+            one(self.text),
+            rows(self.wide_cls_attention),
+            one(self.cls_features),
+            one(self.patches),
         )
 
 
@@ -94,6 +117,8 @@ class VisualTokens:
         mass: [b, n] how many uncompressed tokens each row stands for; pruning leaves 1.
         segments: the rectangles of the *uncompressed* unit.
         structural: [n_full] bool, rows that are newlines or markers.
+        tile: [n_full] int64, which view of the image each row shows: 0 for the whole image, 1 and
+            on for the tiles of one that was cut up, -1 for structural rows.
         owner: [b] index of the image in the call, on the CPU.
         assignment: [b, n_full] row each uncompressed token went to, -1 where dropped; None while
             untouched.
@@ -105,6 +130,7 @@ class VisualTokens:
     mass: Tensor
     segments: tuple[Segment, ...]
     structural: Tensor
+    tile: Tensor
     owner: Tensor
     assignment: Tensor | None = None
     evidence: Evidence = field(default_factory=Evidence)
@@ -116,7 +142,7 @@ class VisualTokens:
         *,
         segments: tuple[Segment, ...] | None = None,
         owner: Tensor | None = None,
-        structural: Tensor | None = None,
+        tile: Tensor | None = None,
         evidence: Evidence | None = None,
     ) -> VisualTokens:
         """Uncompressed tokens.
@@ -125,19 +151,20 @@ class VisualTokens:
             features: [b, n, d].
             segments: rectangles; one row of n tokens when not given.
             owner: [b]; 0..b-1 when not given.
-            structural: [n] bool; all False when not given.
+            tile: [n] int64; all 0 when not given. Rows below 0 are structural.
             evidence: what was captured for these units.
         """
         b, n, _ = features.shape
         device = features.device
-        if structural is None:
-            structural = torch.zeros(n, dtype=torch.bool, device=device)
+        tile = torch.zeros(n, dtype=torch.long) if tile is None else tile
+        tile = tile.to(device)
         return cls(
             features=features,
             index=torch.arange(n, device=device).expand(b, n),
             mass=torch.ones(b, n, device=device, dtype=torch.float32),
             segments=segments or (Segment("image", (1, 1, n), slice(0, n)),),
-            structural=structural,
+            structural=tile < 0,
+            tile=tile,
             owner=torch.arange(b) if owner is None else owner,
             evidence=evidence or Evidence(),
         )

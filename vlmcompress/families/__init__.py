@@ -17,6 +17,8 @@ SUPPORTED: tuple[str, ...] = (
     "glm4v",
     "kimi_k25",
     "llava",
+    "llava_next",
+    "llava_onevision",
     "ovis2",
     "paligemma",
     "qwen2_vl",

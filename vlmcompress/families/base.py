@@ -9,9 +9,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vlmcompress.core.tokens import Segment
 from vlmcompress.families.towers import TOWERS, Tower
 
 Grid = tuple[int, int]
+Reduce = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one image lie.
+
+    Attributes:
+        segments: rectangles of tokens.
+        tile: [n] which view each token shows (see `VisualTokens.tile`); None for a single view.
+    """
+
+    segments: tuple[Segment, ...]
+    tile: tuple[int, ...] | None = None
+
+    @classmethod
+    def single(cls, grid: Grid) -> Layout:
+        """One view, in raster order."""
+        h, w = grid
+        return cls((Segment("image", (1, h, w), slice(0, h * w)),))
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,42 @@ class Family:
         """
         return [_square(length) for length in lengths]
 
-    def group(self, rows: Tensor, grid: Grid, reduce: Literal["sum", "mean"]) -> Tensor:
+    def layouts(
+        self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]
+    ) -> list[Layout]:
+        """How the tokens of each image lie; one grid unless a family says else."""
+        return [Layout.single(grid) for grid in self.grids(base, call, lengths)]
+
+    def by_token(
+        self,
+        base: nn.Module,
+        call: Mapping[str, Any],
+        captured: Sequence[Tensor],
+        units: Sequence[int],
+        layout: Layout,
+        reduce: Reduce,
+    ) -> Tensor:
+        """What was captured in the tower, patch by patch, as values of an image's tokens.
+
+        Args:
+            base: the model that holds tower and LLM.
+            call: keyword arguments of `get_image_features`.
+            captured: one [views, ..., patches] of all images, or one such tensor per image.
+            units: the images wanted; they share one layout.
+            layout: theirs.
+            reduce: how values of patches that form one token are joined.
+
+        Returns:
+            [units, ..., n].
+        """
+        if len(captured) == 1:
+            rows = captured[0][list(units)]
+        else:
+            rows = torch.cat([captured[i] for i in units])
+        _, h, w = layout.segments[0].grid
+        return self.group(rows, (h, w), reduce)
+
+    def group(self, rows: Tensor, grid: Grid, reduce: Reduce) -> Tensor:
         """Patch values to token values.
 
         Args:

@@ -158,7 +158,7 @@ class _Preparation:
             tokens_after=tuple(len(rows) for rows in encoded.kept),
             kept=encoded.kept,
             assignments=encoded.assignments,
-            grids=encoded.grids,
+            segments=encoded.segments,
             batch=batch,
             prompt_length=length,
             short_length=short,

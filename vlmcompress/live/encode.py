@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
-from vlmcompress.families.base import Grid
+from vlmcompress.families.base import Layout, Reduce
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
@@ -34,7 +34,7 @@ class Encoded:
         output: what `get_image_features` returned, `pooler_output` shortened.
         lengths: uncompressed tokens per image.
         kept: per image the kept rows, ascending int64.
-        grids: (h, w) in tokens per image.
+        segments: the rectangles of tokens of each image.
         assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if
             untouched.
         evidence_layers: tower layers that were read.
@@ -44,7 +44,7 @@ class Encoded:
     output: Any
     lengths: tuple[int, ...]
     kept: tuple[Tensor, ...]
-    grids: tuple[Grid, ...]
+    segments: tuple[tuple[Segment, ...], ...]
     assignments: tuple[Tensor | None, ...]
     evidence_layers: tuple[int, ...]
     skipped_layers: int
@@ -178,35 +178,40 @@ class Encoder:
     def _group(
         self, units: Sequence[Tensor], session: Session, arguments: Mapping[str, Any]
     ) -> list[Group]:
-        """Images ([n_i, d] each) in groups of equal grids, with their share of the evidence."""
+        """Images ([n_i, d] each) in groups of equal layouts, with their share of the evidence."""
         lengths = [len(unit) for unit in units]
-        grids = self._family.grids(self._base, arguments, lengths)
-        kinds = list(zip(lengths, grids, strict=True))
-        groups = []
-        for n, grid in sorted(set(kinds)):
-            owner = [i for i, kind in enumerate(kinds) if kind == (n, grid)]
-            groups.append(
-                VisualTokens.from_features(
-                    torch.stack([units[i] for i in owner]),
-                    segments=(Segment("image", (1, *grid), slice(0, n)),),
-                    owner=torch.tensor(owner),
-                    evidence=self._evidence(session, owner, grid, n),
-                )
+        layouts = self._family.layouts(self._base, arguments, lengths)
+        owners: dict[tuple[int, Layout], list[int]] = {}
+        for i, kind in enumerate(zip(lengths, layouts, strict=True)):
+            owners.setdefault(kind, []).append(i)
+        return [
+            VisualTokens.from_features(
+                torch.stack([units[i] for i in owner]),
+                segments=layout.segments,
+                owner=torch.tensor(owner),
+                tile=None if layout.tile is None else torch.tensor(layout.tile),
+                evidence=self._evidence(session, arguments, owner, layout, n),
             )
-        return groups
+            for (n, layout), owner in owners.items()
+        ]
 
-    def _evidence(self, session: Session, units: Sequence[int], grid: Grid, n: int) -> Evidence:
-        group = self._family.group
+    def _evidence(
+        self,
+        session: Session,
+        arguments: Mapping[str, Any],
+        units: Sequence[int],
+        layout: Layout,
+        n: int,
+    ) -> Evidence:
+        def by_token(values: Sequence[Tensor], reduce: Reduce) -> Tensor:
+            return self._family.by_token(self._base, arguments, values, units, layout, reduce)
 
         def rows(captured: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
-            return {
-                layer: group(_pick(values, units), grid, "sum")
-                for layer, values in captured.items()
-            }
+            return {layer: by_token(values, "sum") for layer, values in captured.items()}
 
         def keys(values: list[Tensor]) -> Tensor:
-            by_patch = _pick(values, units).permute(0, 2, 3, 1)
-            return group(by_patch, grid, "mean").permute(0, 3, 1, 2)
+            by_patch = [value.permute(0, 2, 3, 1) for value in values]
+            return by_token(by_patch, "mean").permute(0, 3, 1, 2)
 
         evidence = Evidence(
             rows(session.cls_rows),
@@ -249,13 +254,6 @@ def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
     return sorted(places, key=lambda place: int(place[0].owner[place[1]]))
 
 
-def _pick(values: Sequence[Tensor], units: Sequence[int]) -> Tensor:
-    """Rows of some images; `values` is one batch of all, or one [1, ...] tensor per image."""
-    if len(values) == 1:
-        return values[0][list(units)]
-    return torch.cat([values[i] for i in units])
-
-
 def _collect(
     output: Any, groups: Sequence[Group], layers: tuple[int, ...], skipped: int
 ) -> Encoded:
@@ -270,7 +268,7 @@ def _collect(
         output=output,
         lengths=tuple(group.n_full for group, _ in places),
         kept=tuple(group.index[i].sort().values for group, i in places),
-        grids=tuple(group.segments[0].grid[1:] for group, _ in places),
+        segments=tuple(group.segments for group, _ in places),
         assignments=tuple(None if g.assignment is None else g.assignment[i] for g, i in places),
         evidence_layers=layers,
         skipped_layers=skipped,

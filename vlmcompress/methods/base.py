@@ -20,6 +20,7 @@ from vlmcompress.core.errors import ConfigError, ConfigTypeError, EvidenceError
 from vlmcompress.core.keep import AutoKeep, Keep
 from vlmcompress.core.tokens import Segment, VisualTokens
 from vlmcompress.methods.ops.topk import top_k
+from vlmcompress.methods.parts import Partition
 
 Stage: TypeAlias = Literal["tower", "connector", "decoder", "prompt"]
 CountKind: TypeAlias = Literal["exact", "at_most", "content"]
@@ -31,18 +32,36 @@ Layer: TypeAlias = int | float
 class Needs:
     """The evidence a method asks for.
 
-    Layers are ints (negative allowed) or floats in (0, 1), shares of depth.
+    Layers are ints (negative allowed) or floats in (0, 1), shares of depth. `Evidence` says what
+    each kind is.
     """
 
     cls_attention: tuple[Layer, ...] = ()
     received_attention: tuple[Layer, ...] = ()
     keys: tuple[Layer, ...] = ()
     text: bool = False
+    wide_cls_attention: tuple[Layer, ...] = ()
+    cls_features: bool = False
 
     @property
     def attention(self) -> bool:
         """Whether anything must be read from tower attention layers."""
-        return bool(self.cls_attention or self.received_attention or self.keys)
+        return bool(self.layers)
+
+    @property
+    def cls(self) -> bool:
+        """Whether the tower must have a [CLS] token."""
+        return bool(self.cls_attention or self.wide_cls_attention or self.cls_features)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer something is read from."""
+        return (
+            *self.cls_attention,
+            *self.received_attention,
+            *self.keys,
+            *self.wide_cls_attention,
+        )
 
 
 def resolve_layer(layer: Layer, depth: int) -> int:
@@ -127,11 +146,19 @@ class TokenCompressor(Method):
             tokens are dropped before the connector; `tower`: features before the connector; `llm`:
             after it.
         scored: whether `score` exists, which `keep="auto"` needs.
+        partition: what a budget is for and what becomes of newlines in images that were cut into
+            tiles, as published; users change it with the options `scope` and `newlines`.
     """
 
     stage: ClassVar[Stage] = "connector"
+    partition: ClassVar[Partition] = Partition()
     reads: ClassVar[FeatureSpace] = "none"
     scored: ClassVar[bool] = False
+
+    @property
+    def raster_order(self) -> bool:
+        """Whether rows come out in the order of their places, which original positions need."""
+        return True
 
     def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
         """Tokens left of a unit, known before any pixel is seen.
@@ -167,6 +194,18 @@ class TokenPruner(TokenCompressor):
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
         """Keep the `tokens_kept` best rows, in their original order; ties go to the lower index."""
         return tokens.select(top_k(self.score(tokens), self.budget(tokens, keep)))
+
+
+class AdaptiveCompressor(TokenCompressor):
+    """Decides by itself how many tokens an image needs when `keep="auto"`."""
+
+    @abstractmethod
+    def counts(self, tokens: VisualTokens) -> list[int]:
+        """Tokens that `adapt` leaves of each unit; depends on content."""
+
+    @abstractmethod
+    def adapt(self, tokens: VisualTokens) -> VisualTokens:
+        """Reduce units for which `counts` is equal."""
 
 
 @dataclass(frozen=True)
@@ -310,17 +349,44 @@ def head_mean_sum(rows: Iterable[Tensor]) -> Tensor:
 
 
 def only_row(rows: Mapping[int, Tensor]) -> Tensor:
-    """The attention of the single layer a method asked for.
+    """What was captured of the single layer a method asked for.
 
     Raises:
         EvidenceError: when there are none or several.
     """
     if len(rows) != 1:
-        raise EvidenceError(f"Attention of one layer is needed; captured were {sorted(rows)}.")
+        raise EvidenceError(f"Evidence of one layer is needed; captured were {sorted(rows)}.")
     return next(iter(rows.values()))
 
 
+def check_share(method: str, name: str, value: object) -> None:
+    """Check an option that must be a number in [0, 1].
+
+    Raises:
+        ConfigTypeError: for anything that is no number.
+        ConfigError: for a number outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigTypeError(f"{method}'s {name} is {value!r}; it must be a number in [0, 1].")
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{method}'s {name} is {value!r}; it must lie in [0, 1].")
+
+
+def check_count(method: str, name: str, value: object, least: int = 1) -> None:
+    """Check an option that must be an int of at least `least`.
+
+    Raises:
+        ConfigTypeError: for anything that is no int.
+        ConfigError: for a smaller one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigTypeError(f"{method}'s {name} is {value!r}; it must be an int >= {least}.")
+    if value < least:
+        raise ConfigError(f"{method}'s {name} is {value!r}; it must be at least {least}.")
+
+
 __all__ = [
+    "AdaptiveCompressor",
     "AttentionEditor",
     "AutoKeep",
     "DecoderState",
@@ -339,7 +405,9 @@ __all__ = [
     "TokenPruner",
     "TowerReducer",
     "TowerState",
+    "check_count",
     "check_layers",
+    "check_share",
     "head_mean_sum",
     "only_row",
     "resolve_layer",

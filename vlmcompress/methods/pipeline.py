@@ -16,6 +16,10 @@ from vlmcompress.methods.base import (
     Needs,
     TokenCompressor,
 )
+from vlmcompress.methods.parts import Partition
+
+#: Options that every connector stage has, beside those of its method.
+_PARTITION = tuple(f.name for f in dataclasses.fields(Partition))
 
 Pair: TypeAlias = tuple[StageConfig, Method]
 
@@ -28,11 +32,13 @@ class Stage:
         method: ready to run.
         keep: its budget.
         template: the method as configured, before the configuration's seed was filled in.
+        partition: what the budget is for in images that were cut into tiles.
     """
 
     method: TokenCompressor
     keep: Keep
     template: TokenCompressor
+    partition: Partition
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,9 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
             f"Method {config.method!r} acts in the {method.stage}; only methods between tower and "
             "LLM (stage 'connector') can run so far."
         )
-    return Stage(_seeded(method, seed), _checked(config.keep, method), method)
+    chosen = {name: config.options[name] for name in _PARTITION if name in config.options}
+    partition = dataclasses.replace(method.partition, **chosen)
+    return Stage(_seeded(method, seed), _checked(config.keep, method), method, partition)
 
 
 def _parse(method: Any, default: str) -> list[Pair]:
@@ -169,7 +177,11 @@ def _create(stage: StageConfig) -> Method:
         raise ConfigError(
             f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none."
         )
-    return registry.create(stage.method, **stage.options)
+    options = dict(stage.options)
+    if issubclass(registry.get(stage.method), TokenCompressor):
+        for name in _PARTITION:
+            options.pop(name, None)
+    return registry.create(stage.method, **options)
 
 
 def _with_keep(stages: Sequence[StageConfig], keep: Any) -> tuple[StageConfig, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmcompress.core.keep import AutoKeep, auto_count
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import Layer, Needs, TokenCompressor, TokenPruner, resolve_layer
+from vlmcompress.methods.parts import in_parts, run_in_parts
 from vlmcompress.methods.pipeline import Stage
 
 Group: TypeAlias = VisualTokens
@@ -50,6 +51,23 @@ def run_stages(stages: Sequence[Stage], groups: list[Group], depth: int | None) 
 
 
 def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
+    if not in_parts(group):
+        return _run_whole(stage, group, depth)
+
+    def spares(part: Group) -> bool:
+        method, keep = stage.method, stage.keep
+        if isinstance(keep, AutoKeep) or not method.training_free:
+            return False
+        return method.tokens_kept(part.current_segments, keep) >= part.n
+
+    def run(part: Group) -> list[Group]:
+        return _run_whole(stage, part, depth)
+
+    return run_in_parts(group, stage.partition, spares, run)
+
+
+def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:
+    """Images of one view, or one part of images with several."""
     method = stage.method
     view = _evidence_for(method, group, depth)
     counts = _counts(stage, view)

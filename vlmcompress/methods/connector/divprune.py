@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmcompress.core.tokens import Segment, VisualTokens
 from vlmcompress.methods.base import FeatureSpace, TokenCompressor
 from vlmcompress.methods.ops.diversity import select
+from vlmcompress.methods.parts import Partition
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class DivPrune(TokenCompressor):
     """
 
     name: ClassVar[str] = "divprune"
+    partition: ClassVar[Partition] = Partition("image", "candidates")
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
     reads: ClassVar[FeatureSpace] = "llm"
 
