@@ -92,6 +92,8 @@ def _asked_for(needs: Needs, have: Evidence, depth: int) -> Evidence:
         pick(needs.cls_attention, have.cls_attention),
         pick(needs.received_attention, have.received_attention),
         pick(needs.keys, have.keys),
+        wide_cls_attention=pick(needs.wide_cls_attention, have.wide_cls_attention),
+        cls_features=have.cls_features,
     )
 
 
@@ -102,6 +104,8 @@ def union(methods: Sequence[Method]) -> Needs:
         tuple({layer: None for n in needs for layer in n.cls_attention}),
         tuple({layer: None for n in needs for layer in n.received_attention}),
         tuple({layer: None for n in needs for layer in n.keys}),
+        wide_cls_attention=tuple({layer: None for n in needs for layer in n.wide_cls_attention}),
+        cls_features=any(n.cls_features for n in needs),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -58,6 +59,12 @@ def tokens_for(
         draw(needs.cls_attention, HEADS, n),
         draw(needs.received_attention, HEADS, n),
         draw(needs.keys, n, HEADS, 4),
+        wide_cls_attention=draw(needs.wide_cls_attention, 1, n),
+        cls_features=torch.randn(b, WIDTH, generator=generator) if needs.cls_features else None,
     )
+    if needs.text:
+        text = torch.randn(b, 2, 5, generator=generator)
+        patches = torch.randn(b, n, 5, generator=generator)
+        evidence = dataclasses.replace(evidence, text=text, patches=patches)
     features = torch.randn(b, n, WIDTH, generator=generator)
     return VisualTokens.from_features(features, segments=segments, evidence=evidence)

@@ -81,6 +81,10 @@ class Family:
         """Last tower layer the connector reads (the very last unless a family says else)."""
         return depth - 1
 
+    def read_layers(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+        """Tower layers whose outputs the connector reads, side by side."""
+        return (self.last_read_layer(base, call, depth),)
+
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
         """(h, w) in tokens of each image; square images unless a family says else.
 

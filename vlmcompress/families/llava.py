@@ -29,10 +29,16 @@ class Llava(Family):
 
     def last_read_layer(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> int:
         """From `vision_feature_layer` of the call or the config."""
+        return max(self.read_layers(base, call, depth))
+
+    def read_layers(self, base: nn.Module, call: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+        """Likewise; a list of layers is read side by side."""
         config: Any = base.config
         given = [call[name] for name in self.layer_names if call.get(name) is not None]
         known = [vars(config)[name] for name in self.layer_names if name in vars(config)]
-        return last_hidden_state_read((given or known)[0], depth)
+        wanted = (given or known)[0]
+        layers = [wanted] if isinstance(wanted, int) else list(wanted)
+        return tuple(last_hidden_state_read(layer, depth) for layer in layers)
 
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
         """Square, or from `image_sizes` for Pixtral towers."""

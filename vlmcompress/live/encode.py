@@ -150,7 +150,12 @@ class Encoder:
             layers.received_layers,
             layers.key_layers,
             last if last < len(self._layers) - 1 and may_skip(self._layers) else None,
+            wide_layers=layers.wide_layers,
         )
+        if needs.cls_features:
+            session.state_layers = self._family.read_layers(
+                self._base, arguments, len(self._layers)
+            )
         return session, tuple(sorted(layers.all()))
 
     def _select(
@@ -217,6 +222,8 @@ class Encoder:
             rows(session.cls_rows),
             rows(session.received_rows),
             {layer: keys(values) for layer, values in session.keys.items()},
+            wide_cls_attention=rows(session.wide_rows),
+            cls_features=_cls_features(session, units),
         )
         for captured in (*evidence.cls_attention.values(), *evidence.received_attention.values()):
             if captured.shape[-1] != n:
@@ -252,6 +259,14 @@ def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
     """(group, row) of every image, in the order of the images."""
     places = [(group, i) for group in groups for i in range(len(group.owner))]
     return sorted(places, key=lambda place: int(place[0].owner[place[1]]))
+
+
+def _cls_features(session: Session, units: Sequence[int]) -> Tensor | None:
+    """[units, d] what the connector would read of [CLS]."""
+    if not session.state_layers:
+        return None
+    states = [session.cls_states[layer] for layer in session.state_layers]
+    return torch.cat(states, -1)[list(units)]
 
 
 def _collect(

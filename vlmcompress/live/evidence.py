@@ -33,6 +33,12 @@ def cls_row(qk: QueriesKeys) -> Tensor:
     return (logits * qk.scale).softmax(-1)[:, :, 0, 1:]
 
 
+def wide(qk: QueriesKeys) -> QueriesKeys:
+    """All heads as one head of full width, with the scale of that width."""
+    q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (qk.q, qk.k))
+    return QueriesKeys(q, k, q.shape[-1] ** -0.5)
+
+
 def attention_received(qk: QueriesKeys, *, skip: int = 0) -> Tensor:
     """Attention each token receives, averaged over all queries: [b, heads, n - skip] float32.
 
@@ -86,6 +92,8 @@ def _capture(
         session.cls_rows[layer] = [cls_row(image) for image in images]
     if layer in session.received_layers:
         session.received_rows[layer] = [attention_received(image, skip=skip) for image in images]
+    if layer in session.wide_layers:
+        session.wide_rows[layer] = [cls_row(wide(image)) for image in images]
     if layer in session.key_layers:
         session.keys[layer] = [image.k[:, :, skip:].transpose(1, 2) for image in images]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
+from vlmcompress.core.errors import ConfigError, EvidenceError, UnsupportedModelError
 from vlmcompress.families import Family
+from vlmcompress.live import positions
 from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
@@ -50,6 +51,7 @@ def check_seam(model: Any) -> None:
 
 def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
     """Refuse at patch time what could only fail at the first image."""
+    _check_order(family, built)
     needs, tower = built.needs(), family.tower(base)
     if needs.text:
         names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().text)
@@ -57,20 +59,42 @@ def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
             f"{names} read(s) the question, which no connector stage is given so far; use a method "
             "that looks at the picture alone."
         )
-    if not needs.attention:
+    if not needs.attention and not needs.cls:
         return
-    names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().attention)
+    names = ", ".join(
+        repr(s.method.name)
+        for s in built.stages
+        if s.method.needs().attention or s.method.needs().cls
+    )
     if tower is None:
         raise EvidenceError(
             f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
             "tower; use a method that needs none, such as 'divprune'."
         )
-    if needs.cls_attention and not tower.has_cls:
+    if needs.cls and not tower.has_cls:
         raise EvidenceError(
             f"{names} read(s) [CLS] attention and this {family.model_type} tower has no [CLS] "
             "token; use 'received_attention' or 'divprune'."
         )
+    if needs.cls_features and family.connector(base) is None:
+        raise EvidenceError(
+            f"{names} send(s) the state of [CLS] through the connector, and the connector of this "
+            f"{family.model_type} takes the patches of whole images; use faithful=False."
+        )
     Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+
+
+def _check_order(family: Family, built: Pipeline) -> None:
+    """Refuse original positions for rows that are not in the order of their places."""
+    if positions.resolve(built.config.positions, family) != "original":
+        return
+    for stage in built.stages:
+        if not stage.method.raster_order:
+            raise ConfigError(
+                f"{stage.method.name} with faithful=True leaves tokens in another order than that "
+                "of their places, so they have no original positions; use "
+                "positions='contiguous' or faithful=False."
+            )
 
 
 def install(model: Any, state: State) -> None:

@@ -35,6 +35,10 @@ class Session:
         cls_rows: {layer: [b, heads, n] or per-image list} captured.
         received_rows: the same for attention received.
         keys: {layer: [b, n, heads, head_dim]}.
+        wide_layers: layers whose [CLS] row over all heads as one is wanted.
+        wide_rows: {layer: [b, 1, n] or per-image list} captured.
+        state_layers: layers whose [CLS] output is wanted.
+        cls_states: {layer: [b, d]} captured.
     """
 
     watch: Stopwatch
@@ -48,10 +52,15 @@ class Session:
     cls_rows: dict[int, list[Tensor]] = field(default_factory=dict)
     received_rows: dict[int, list[Tensor]] = field(default_factory=dict)
     keys: dict[int, list[Tensor]] = field(default_factory=dict)
+    wide_layers: frozenset[int] = frozenset()
+    wide_rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    state_layers: tuple[int, ...] = ()
+    cls_states: dict[int, Tensor] = field(default_factory=dict)
 
     def reads(self, layer: int) -> bool:
         """Whether anything is wanted from `layer`."""
-        return layer in self.cls_layers or layer in self.received_layers or layer in self.key_layers
+        wanted = (self.cls_layers, self.received_layers, self.key_layers, self.wide_layers)
+        return any(layer in layers for layers in wanted)
 
 
 _CURRENT: ContextVar[Session | None] = ContextVar("vlmcompress_session", default=None)

@@ -32,8 +32,12 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
         return hidden_states
     previous: Callable[..., Any] | None = self.__dict__.get(_PREVIOUS)
     if previous is not None:
-        return previous(hidden_states, *args, **kwargs)
-    return type(self).forward(self, hidden_states, *args, **kwargs)
+        output = previous(hidden_states, *args, **kwargs)
+    else:
+        output = type(self).forward(self, hidden_states, *args, **kwargs)
+    if session is not None and self.__dict__[_INDEX] in session.state_layers:
+        session.cls_states[self.__dict__[_INDEX]] = output[:, 0]
+    return output
 
 
 def make_skippable(layers: nn.ModuleList) -> None:

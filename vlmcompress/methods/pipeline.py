@@ -12,6 +12,7 @@ from vlmcompress.core.errors import ConfigError, ConfigTypeError
 from vlmcompress.core.keep import AutoKeep, Keep, parse_keep
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import (
+    AdaptiveCompressor,
     Method,
     Needs,
     TokenCompressor,
@@ -68,6 +69,8 @@ class Pipeline:
             received_attention=tuple(layer for n in needs for layer in n.received_attention),
             keys=tuple(layer for n in needs for layer in n.keys),
             text=any(n.text for n in needs),
+            wide_cls_attention=tuple(layer for n in needs for layer in n.wide_cls_attention),
+            cls_features=any(n.cls_features for n in needs),
         )
 
 
@@ -213,7 +216,8 @@ def _seeded(method: TokenCompressor, seed: int) -> TokenCompressor:
 
 def _checked(keep: Keep | None, method: TokenCompressor) -> Keep:
     assert keep is not None  # _with_keep has seen to it
-    if isinstance(keep, AutoKeep) and not method.scored:
+    adaptive = method.scored or isinstance(method, AdaptiveCompressor)
+    if isinstance(keep, AutoKeep) and not adaptive:
         raise ConfigError(
             f"keep='auto' needs scores and {method.name!r} has none; give a fraction or a count, "
             "or use a method that scores tokens, such as 'vtc_cls'."

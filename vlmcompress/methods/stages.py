@@ -10,9 +10,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.keep import AutoKeep, auto_count
-from vlmcompress.core.tokens import VisualTokens
-from vlmcompress.methods.base import Layer, Needs, TokenCompressor, TokenPruner, resolve_layer
+from vlmcompress.core.tokens import Evidence, VisualTokens
+from vlmcompress.methods.base import (
+    AdaptiveCompressor,
+    Layer,
+    Needs,
+    TokenCompressor,
+    TokenPruner,
+    resolve_layer,
+)
 from vlmcompress.methods.parts import in_parts, run_in_parts
 from vlmcompress.methods.pipeline import Stage
 
@@ -26,6 +34,7 @@ class Resolved:
     cls_layers: frozenset[int]
     received_layers: frozenset[int]
     key_layers: frozenset[int]
+    wide_layers: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, needs: Needs, depth: int) -> Resolved:
@@ -35,12 +44,15 @@ class Resolved:
             return frozenset(resolve_layer(layer, depth) for layer in layers)
 
         return cls(
-            resolve(needs.cls_attention), resolve(needs.received_attention), resolve(needs.keys)
+            resolve(needs.cls_attention),
+            resolve(needs.received_attention),
+            resolve(needs.keys),
+            resolve(needs.wide_cls_attention),
         )
 
     def all(self) -> frozenset[int]:
         """Every layer something is read from."""
-        return self.cls_layers | self.received_layers | self.key_layers
+        return self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
 
 
 def run_stages(stages: Sequence[Stage], groups: list[Group], depth: int | None) -> list[Group]:
@@ -70,29 +82,71 @@ def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:
     """Images of one view, or one part of images with several."""
     method = stage.method
     view = _evidence_for(method, group, depth)
+    _refuse_nan(method, view)
     counts = _counts(stage, view)
     if len(set(counts)) == 1:
-        budget = counts[0] if isinstance(stage.keep, AutoKeep) else stage.keep
-        return [_compress(method, view, group, counts[0], budget)]
+        return [_compress(stage, view, group, counts[0], shared=True)]
     out = []
     for k in sorted(set(counts)):
         units = torch.tensor([i for i, count in enumerate(counts) if count == k])
-        out.append(_compress(method, view.take_units(units), group.take_units(units), k, k))
+        out.append(_compress(stage, view.take_units(units), group.take_units(units), k))
     return out
 
 
-def _compress(
-    method: TokenCompressor, view: Group, group: Group, k: int, budget: float | int
-) -> Group:
-    """`group` compressed; a training-free method that would keep everything is bypassed."""
+def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = False) -> Group:
+    """`group` compressed to `k`; a training-free method that would keep everything is bypassed.
+
+    Args:
+        stage: method and budget.
+        view: the group with the evidence that the method asked for.
+        group: with all evidence.
+        k: tokens that will be left.
+        shared: whether all images come to `k` by the stage's own budget.
+    """
+    method, keep = stage.method, stage.keep
     if k >= group.n and method.training_free:
         return group
-    return _restore_evidence(method.compress(view, budget), group)
+    if isinstance(keep, AutoKeep):
+        kept = (
+            method.adapt(view)
+            if isinstance(method, AdaptiveCompressor)
+            else method.compress(view, k)
+        )
+    else:
+        kept = method.compress(view, keep if shared else k)
+    return _restore_evidence(kept, group)
+
+
+def _refuse_nan(method: TokenCompressor, view: Group) -> None:
+    """Refuse what no selection can be made from.
+
+    Raises:
+        UnsupportedInputError: when features or evidence that the method looks at hold NaN.
+    """
+    evidence = view.evidence if method.needs().attention else Evidence()
+    looked_at = {
+        "[CLS] attention": [
+            *evidence.cls_attention.values(),
+            *evidence.wide_cls_attention.values(),
+        ],
+        "received attention": [*evidence.received_attention.values()],
+        "keys": [*evidence.keys.values()],
+        "features": [] if method.reads == "none" else [view.features],
+    }
+    for what, values in looked_at.items():
+        if any(bool(value.isnan().any()) for value in values):
+            raise UnsupportedInputError(
+                f"{method.name} cannot choose tokens: the vision tower's {what} hold NaN. Look at "
+                "the pixels for NaN, and at the model's dtype for overflow (float16 is too narrow "
+                "for some towers; bfloat16 is not)."
+            )
 
 
 def _counts(stage: Stage, group: Group) -> list[int]:
     method, keep, b = stage.method, stage.keep, group.features.shape[0]
     if isinstance(keep, AutoKeep):
+        if isinstance(method, AdaptiveCompressor):
+            return method.counts(group)
         assert isinstance(method, TokenPruner)  # `build` lets no other through
         return auto_count(method.score(group), keep.tau).tolist()
     return method.allocate([group.current_segments] * b, keep)
@@ -113,6 +167,7 @@ def _evidence_for(method: TokenCompressor, group: Group, depth: int | None) -> G
         cls_attention=pick(needs.cls_attention, have.cls_attention),
         received_attention=pick(needs.received_attention, have.received_attention),
         keys=pick(needs.keys, have.keys),
+        wide_cls_attention=pick(needs.wide_cls_attention, have.wide_cls_attention),
     )
     return dataclasses.replace(group, evidence=evidence)
 

@@ -64,6 +64,7 @@ def _looks_at(method: Method) -> str:
         _layers("[CLS] attention", needs.cls_attention),
         _layers("received attention", needs.received_attention),
         _layers("keys", needs.keys),
+        _layers("[CLS] attention of full width", needs.wide_cls_attention),
         "text" if needs.text else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
     ]

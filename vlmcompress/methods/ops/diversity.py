@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmcompress.methods.ops.topk import descending
+
 
 @torch.no_grad()
 def select(features: Tensor, k: int) -> Tensor:
@@ -35,11 +37,122 @@ def select(features: Tensor, k: int) -> Tensor:
     return torch.stack(picked, 1)
 
 
-def cosine_distance(features: Tensor) -> Tensor:
-    """1 - cosine between all tokens of each unit: [b, n, n] float32 from [b, n, d].
+def cosine(features: Tensor) -> Tensor:
+    """Cosine between all tokens of each unit: [b, n, n] float32 from [b, n, d].
 
     One product per unit, so that a unit's values do not depend on its batch.
     """
     with torch.autocast(features.device.type, enabled=False):
         units = normalize(features.float(), dim=-1)
-        return torch.stack([1 - unit @ unit.T for unit in units])
+        return torch.stack([unit @ unit.T for unit in units])
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """1 - cosine between all tokens of each unit: [b, n, n] float32 from [b, n, d]."""
+    return 1 - cosine(features)
+
+
+@torch.no_grad()
+def determinantal(kernel: Tensor, fallback: Tensor, k: int) -> Tensor:
+    """Greedy most probable subset of a determinantal point process, in selection order.
+
+    Each pick has the largest variance that the earlier picks do not explain; the Cholesky factor of
+    the picked rows grows by one row per pick (Chen et al., arXiv 1709.05135, Algorithm 1).
+    O(k^2 n). Picked tokens never return, and ties go to the lower index. Where the kernel's rank is
+    used up (or nothing is left within rounding), the best of `fallback` follow.
+
+    Args:
+        kernel: [b, n, n] float32, positive semi-definite.
+        fallback: [b, n] in [0, 1], ranks tokens that add nothing.
+        k: how many, 1 <= k <= n.
+
+    Returns:
+        [b, k] int64.
+    """
+    b, n, _ = kernel.shape
+    units = torch.arange(b, device=kernel.device)
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    exhausted = left.amax(1, keepdim=True) * n * torch.finfo(kernel.dtype).eps
+    factor = kernel.new_zeros(b, k, n)
+    picked: list[Tensor] = []
+    for step in range(k):
+        # Variances are positive and the fallback lies below them.
+        pick = torch.where(left > exhausted, left, fallback - 3).masked_fill(left.isneginf(), -4)
+        at = pick.argmax(1)
+        variance = left[units, at][:, None]
+        known = factor[units, :step, at][:, None] @ factor[:, :step]
+        row = (kernel[units, at] - known[:, 0]) / variance.clamp(min=exhausted).sqrt()
+        factor[:, step] = torch.where(variance > exhausted, row, 0)
+        left = left - factor[:, step].square()
+        left[units, at] = -torch.inf
+        picked.append(at)
+    return torch.stack(picked, 1)
+
+
+@torch.no_grad()
+def covering(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Greedy weighted coverage, in selection order.
+
+    A token is covered by its most similar picked token (by 0 at first). Each pick has the largest
+    weight times gain, the gain being what it adds to the coverage of all tokens. Picked tokens
+    never return, and ties go to the lower index. Gains are kept, and corrected where coverage
+    changed, which is a smaller share of tokens at every step.
+
+    Args:
+        similarity: [b, n, n] float32.
+        weights: [b, n], non-negative.
+        k: how many, 1 <= k <= n.
+
+    Returns:
+        [b, k] int64.
+    """
+    b, n, _ = similarity.shape
+    units = torch.arange(b, device=similarity.device)
+    covered = similarity.new_zeros(b, n)
+    gains = similarity.clamp(min=0).sum(1, dtype=torch.float64)
+    taken = torch.zeros_like(weights, dtype=torch.bool)
+    picked: list[Tensor] = []
+    while len(picked) < k:
+        value = (gains * weights).masked_fill(taken, -torch.inf)
+        picked.append(value.argmax(1))
+        taken[units, picked[-1]] = True
+        now = torch.maximum(covered, similarity[units, picked[-1]])
+        rows = (now > covered).any(0).nonzero()[:, 0]
+        # What a token adds to a row falls from max(0, s - covered) to max(0, s - now).
+        part = similarity[:, rows]
+        lost = torch.minimum(part, now[:, rows, None]) - covered[:, rows, None]
+        gains -= lost.clamp_(min=0).sum(1, dtype=torch.float64)
+        covered = now
+    return torch.stack(picked, 1)
+
+
+@torch.no_grad()
+def thin_out(similarity: Tensor, order: Tensor, k: int, *, at_once: int = 8) -> Tensor:
+    """Drop the most redundant tokens of a list, a few at a time, until `k` are left.
+
+    In each round every other token, beginning with the first, is compared with those between them,
+    and the (at most `at_once`) most similar to one of these are dropped. The list goes on as the
+    survivors, least similar last dropped first, followed by the tokens between.
+
+    Args:
+        similarity: [b, n, n] float32.
+        order: [b, m] tokens.
+        k: how many stay, 0 <= k <= m.
+        at_once: tokens dropped in a round.
+
+    Returns:
+        [b, k] int64, a part of `order`.
+    """
+    units = torch.arange(len(order), device=order.device)[:, None]
+    if k == 0:
+        return order[:, :0]
+    while order.shape[1] > k:
+        some, others = order[:, ::2], order[:, 1::2]
+        # Whole rows first, which are contiguous.
+        rows = similarity[units, some]
+        columns = others[:, None].expand(-1, some.shape[1], -1)
+        redundancy = rows.gather(2, columns).amax(2)
+        worst = descending(redundancy)
+        dropped = min(at_once, order.shape[1] - k)
+        order = torch.cat([some.gather(1, worst[:, dropped:]), others], 1)
+    return order

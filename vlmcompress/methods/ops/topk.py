@@ -15,5 +15,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Returns:
         [b, k] int64.
     """
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=-1).values
+    return descending(scores)[:, :k].sort(dim=-1).values
+
+
+def descending(values: Tensor) -> Tensor:
+    """Indices that sort the last dimension from high to low; ties go to the lower index."""
+    return values.sort(dim=-1, descending=True, stable=True).indices
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Place of each value of the last dimension from high to low; ties go to the lower index."""
+    order: Tensor = descending(values).argsort(dim=-1)
+    return order
