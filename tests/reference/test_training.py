@@ -163,7 +163,7 @@ def test_stuck_kinds_are_asked_more_often():
     for _ in range(100):
         mix.update(right, asked)
     assert mix.needs().argmax() == 2
-    assert mix.needs().min() == 0.2
+    assert mix.needs().min() == 0.07
 
 
 def test_text_head_round_trip(tmp_path):

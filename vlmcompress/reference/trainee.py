@@ -63,4 +63,4 @@ class Mix:
 
     def needs(self) -> np.ndarray:
         """``[11]`` how often to ask each kind, in relation to the others of its world."""
-        return np.clip((1 - self.accuracy) / (1 - _CHANCE), 0.2, 1)
+        return np.clip((1 - self.accuracy) / (1 - _CHANCE), 0.07, 1)
