@@ -35,6 +35,52 @@ def plot_curve(results: dict[str, Any], path: str | Path) -> Path:
     return Path(path)
 
 
+def plot_learning(log: dict[str, Any], path: str | Path) -> Path:
+    """Draw what a training learned over its minutes: one row per run, one panel per stage.
+
+    Args:
+        log: what `vlmcompress.reference` writes as training_log.json.
+        path: of the PNG or SVG to write.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    runs = [*log.get("before", []), log]
+    size = (10.5, 4.2 * len(runs))
+    figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    for row, run in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
+        stages = list(run["stages"])
+        for axes, stage in zip(row.subplots(1, len(stages), sharey=True), stages, strict=True):
+            for name, points in _learning(run["curve"], stage).items():
+                axes.plot(*zip(*points, strict=True), marker=".", markersize=3, label=name)
+            axes.set(title=_STAGES.get(stage, stage), xlabel="minutes", ylim=(0, 1.02))
+            axes.legend(fontsize="x-small", loc="lower right")
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+_STAGES = {
+    "tower": "tower: patches and [CLS]",
+    "language": "language model: simulated tokens",
+    "joint": "joint: validation, all tokens",
+}
+
+
+def _learning(curve: list[dict[str, Any]], stage: str) -> dict[str, list[tuple[float, float]]]:
+    """{what is measured: [(minutes, share), ...]}: the validation where a stage has one."""
+    points = [point for point in curve if point["stage"] == stage]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    validated = any("validation" in point for point in points)
+    for point in points:
+        if validated and "validation" not in point:
+            continue
+        whole = next(iter(point.get("validation", {}).values()), None)
+        row = whole or point.get("patches") or point.get("training", {})
+        for name, value in row.items():
+            lines.setdefault(name, []).append((point["minutes"], value))
+    return lines
+
+
 def _lines(accuracy: dict[str, dict[str, dict[str, float]]]) -> dict[str, list[tuple[float, ...]]]:
     """{method: [(keep, mean, low, high), ...]} by rising keep."""
     lines: dict[str, list[tuple[float, ...]]] = {}
