@@ -50,6 +50,7 @@ def evaluate(
     seeds: int = 1,
     new_tokens: int = 4,
     reuse_tower: bool = True,
+    clip: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Ask every question under every method and budget.
@@ -73,6 +74,7 @@ def evaluate(
             share of runs that answered it rightly.
         new_tokens: longest answer.
         reuse_tower: run the tower once per image instead of once per question and configuration.
+        clip: as `patch` takes it, for methods that read the question.
         progress: called with a line of text after each batch.
 
     Returns:
@@ -96,7 +98,8 @@ def evaluate(
 
     where = machine.describe(model)
     run = _Run(model, processor, plan, seed, new_tokens, reuse_tower)
-    with patch(model, "uniform", keep=1, positions=positions, processor=processor) as handle:
+    more = {"positions": positions, "processor": processor, "clip": clip}
+    with patch(model, "uniform", keep=1, **more) as handle:
         for index, batch in enumerate(_batches(asked, batch_size)):
             run.batch(handle, index, batch)
             if progress:

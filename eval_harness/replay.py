@@ -64,10 +64,16 @@ class Remembering(TokenCompressor):
         self.evidence = _asked_for(inner.needs(), evidence, depth)
         self.name, self.reads, self.scored = inner.name, inner.reads, inner.scored  # type: ignore[misc]
         self.training_free = inner.training_free  # type: ignore[misc]
+        self.partition = inner.partition  # type: ignore[misc]
 
     def needs(self) -> Needs:
         """Nothing of the tower."""
         return Needs(text=self.inner.needs().text)
+
+    @property
+    def raster_order(self) -> bool:
+        """As the method says."""
+        return self.inner.raster_order
 
     def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
         """As the method says."""
@@ -86,7 +92,8 @@ class Remembering(TokenCompressor):
 
 def _asked_for(needs: Needs, have: Evidence, depth: int) -> Evidence:
     def pick(layers: tuple[Layer, ...], rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {i: rows[i] for i in sorted({resolve_layer(layer, depth) for layer in layers})}
+        # In the order of the method's layers, which it may rely on.
+        return {i: rows[i] for i in (resolve_layer(layer, depth) for layer in layers)}
 
     return Evidence(
         pick(needs.cls_attention, have.cls_attention),

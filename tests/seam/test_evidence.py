@@ -15,7 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from tests import tiny
 from tests.seam import kernels, matrix, oracle
-from vlmcompress import EvidenceError, patch
+from vlmcompress import EvidenceError, MissingTextError, patch
 from vlmcompress.families import family_of
 from vlmcompress.families.towers import QueriesKeys
 from vlmcompress.live.evidence import attention_received, cls_row
@@ -119,8 +119,8 @@ class ReadsTheQuestion(TokenPruner):
         return tokens.evidence.text
 
 
-def test_methods_that_read_the_question_are_refused_for_now():
-    with pytest.raises(EvidenceError, match="question"):
+def test_methods_that_read_the_question_need_a_clip_model():
+    with pytest.raises(MissingTextError, match=r"read\(s\) the question: pass patch"):
         patch(tiny.build("llava"), ReadsTheQuestion(), keep=0.5)
 
 

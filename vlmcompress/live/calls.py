@@ -18,6 +18,7 @@ from vlmcompress.core.report import CallRecord
 from vlmcompress.live import conversation, inputs, positions
 from vlmcompress.live.conversation import CacheRecord
 from vlmcompress.live.encode import CompressedEncoding, Encoded, Encoder, fresh_output, has_pixels
+from vlmcompress.live.question import asked
 from vlmcompress.live.state import State
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods.pipeline import Pipeline
@@ -71,7 +72,10 @@ def encode(
         tower = state.family.tower(base)
         assert tower is not None  # evidence hooks exist only then
         state.evidence.refresh(tower.layers(state.family.tower_module(base)))
-    return Encoder(state.family, base, pipeline, watch).encode(call)
+    about = None
+    if pipeline.needs().text:
+        about = asked(model, call, state.clip, state.processor, state.question)
+    return Encoder(state.family, base, pipeline, watch, about).encode(call)
 
 
 def prepare(model: Any, state: State, call: dict[str, Any], *, generating: bool) -> ShortCall:
@@ -81,6 +85,7 @@ def prepare(model: Any, state: State, call: dict[str, Any], *, generating: bool)
         pipeline = dataclasses.replace(pipeline, stages=())
     watch = Stopwatch(inputs.require_ids(call).device)
     encoded = encode(model, state, pipeline, call, watch)
+    call = {name: value for name, value in call.items() if name != "question"}
     preparation = _Preparation(model, state, pipeline, call, encoded, watch, generating)
     cache = call.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:

@@ -15,6 +15,7 @@ from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
 from vlmcompress.families.base import Layout, Reduce
+from vlmcompress.live.question import Asked
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
@@ -83,9 +84,15 @@ class Encoder:
     """Runs a model's tower under a pipeline, once per instance."""
 
     def __init__(
-        self, family: Family, base: nn.Module, pipeline: Pipeline, watch: Stopwatch
+        self,
+        family: Family,
+        base: nn.Module,
+        pipeline: Pipeline,
+        watch: Stopwatch,
+        asked: Asked | None = None,
     ) -> None:
         self._family, self._base, self._pipeline, self._watch = family, base, pipeline, watch
+        self._asked = asked
         self._tower_began: Any = None
         self._connector_began: Any = None
         self._tower = family.tower(base)
@@ -118,6 +125,8 @@ class Encoder:
             session.select = lambda x: self._select(x, before, session, arguments, first)
         else:
             before, after = (), self._pipeline.stages
+            if self._asked is not None:
+                session.select = lambda x: self._see(x, session)
         self._tower_began = self._watch.mark()
         with running(session):
             output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
@@ -158,6 +167,12 @@ class Encoder:
             )
         return session, tuple(sorted(layers.all()))
 
+    @staticmethod
+    def _see(x: Tensor, session: Session) -> Tensor:
+        """Remember what the connector reads, for questions to be compared with."""
+        session.connector_input = x
+        return x
+
     def _select(
         self,
         x: Tensor,
@@ -168,6 +183,8 @@ class Encoder:
     ) -> Tensor:
         """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
         self._watch.add("tower", self._tower_began, self._watch.mark())
+        if self._asked is not None:
+            self._see(x, session)
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
             out += run_stages(stages, groups, self.depth)
@@ -195,10 +212,23 @@ class Encoder:
                 segments=layout.segments,
                 owner=torch.tensor(owner),
                 tile=None if layout.tile is None else torch.tensor(layout.tile),
-                evidence=self._evidence(session, arguments, owner, layout, n),
+                evidence=self._with_text(
+                    self._evidence(session, arguments, owner, layout, n), session, owner, lengths
+                ),
             )
             for (n, layout), owner in owners.items()
         ]
+
+    def _with_text(
+        self, evidence: Evidence, session: Session, units: Sequence[int], lengths: Sequence[int]
+    ) -> Evidence:
+        """Evidence with the questions of these images, and their tokens in the same space."""
+        if self._asked is None or session.connector_input is None:
+            return evidence
+        states = session.connector_input[list(units)]
+        text = self._asked.text(units, lengths).to(states.device)
+        patches = self._asked.source.patches(states.detach())
+        return dataclasses.replace(evidence, text=text, patches=patches)
 
     def _evidence(
         self,

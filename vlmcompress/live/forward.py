@@ -37,10 +37,20 @@ class Restore:
 def before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of the outer model."""
+    """Forward pre-hook of the outer model; `question` is for methods, not for the model."""
     state = state_of(module)
     if state is None:
         return None
+    changed = _before_forward(module, state, args, kwargs)
+    if "question" not in kwargs:
+        return changed
+    args, kwargs = changed or (args, kwargs)
+    return args, {name: value for name, value in kwargs.items() if name != "question"}
+
+
+def _before_forward(
+    module: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if getattr(module, "_is_replica", False):
         raise UnsupportedModelError(
             "DataParallel copies a model without its methods, so that a patch cannot follow; use "

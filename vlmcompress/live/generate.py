@@ -33,6 +33,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         native = state.generate
     if state is None or state.local.generating:
         return native(*args, **kwargs)
+    question = kwargs.pop("question", None)
     call = by_name(GenerationMixin.generate, args, kwargs)
     record = conversation.record_of(call.get("past_key_values"))
     if not state.active and record is None:
@@ -40,7 +41,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call.get("inputs") is not None:
         call["input_ids"] = call.pop("inputs")
     if calls.carries_images(call):
-        return _with_images(self, state, native, call)
+        return _with_images(self, state, native, {**call, "question": question})
     if record is not None:
         return _with_cache(self, state, native, call, record)
     state.calls["without"] += 1

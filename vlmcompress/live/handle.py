@@ -127,7 +127,7 @@ class Handle:
         new = pipeline.rebuild(
             state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
         )
-        check_evidence(state.family, self._model.base_model, new)
+        check_evidence(state.family, self._model.base_model, new, state.clip)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self
 

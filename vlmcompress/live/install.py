@@ -8,9 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from vlmcompress.core.errors import ConfigError, EvidenceError, UnsupportedModelError
+from vlmcompress.core.errors import (
+    ConfigError,
+    EvidenceError,
+    MissingTextError,
+    UnsupportedModelError,
+)
 from vlmcompress.families import Family
 from vlmcompress.live import positions
+from vlmcompress.live.clip import TextSource
 from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
@@ -49,16 +55,14 @@ def check_seam(model: Any) -> None:
         )
 
 
-def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
+def check_evidence(
+    family: Family, base: nn.Module, built: Pipeline, clip: TextSource | None = None
+) -> None:
     """Refuse at patch time what could only fail at the first image."""
     _check_order(family, built)
     needs, tower = built.needs(), family.tower(base)
     if needs.text:
-        names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().text)
-        raise EvidenceError(
-            f"{names} read(s) the question, which no connector stage is given so far; use a method "
-            "that looks at the picture alone."
-        )
+        _check_text(family, base, built, clip)
     if not needs.attention and not needs.cls:
         return
     names = ", ".join(
@@ -82,6 +86,36 @@ def check_evidence(family: Family, base: nn.Module, built: Pipeline) -> None:
             f"{family.model_type} takes the patches of whole images; use faithful=False."
         )
     Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+
+
+def _check_text(family: Family, base: nn.Module, built: Pipeline, clip: TextSource | None) -> None:
+    """Refuse methods that read the question where patches cannot be compared with it."""
+    names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().text)
+    if family.connector(base) is None or _reads_several(family, base):
+        raise EvidenceError(
+            f"{names} compare(s) the question with the tower's states before the connector, which "
+            f"cannot be read token by token in this {family.model_type} model; use a method that "
+            "looks at the picture alone."
+        )
+    if clip is None:
+        raise MissingTextError(
+            f"{names} read(s) the question: pass patch(..., clip=...), the CLIP model whose vision "
+            "tower this is (a hub id, a transformers CLIPModel, or (open_clip model, tokenizer))."
+        )
+    width = getattr(getattr(family.tower_module(base), "config", None), "hidden_size", clip.width)
+    if width != clip.width:
+        raise EvidenceError(
+            f"The CLIP model given takes states of width {clip.width}, and this vision tower's "
+            f"have {width}; pass the CLIP model that the tower was taken from."
+        )
+
+
+def _reads_several(family: Family, base: nn.Module) -> bool:
+    """Whether the connector reads several layers side by side."""
+    tower = family.tower(base)
+    if tower is None:
+        return False
+    return len(family.read_layers(base, {}, len(tower.layers(family.tower_module(base))))) > 1
 
 
 def _check_order(family: Family, built: Pipeline) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vlmcompress.core.errors import AlreadyPatchedError
 from vlmcompress.families import Family, family_of
+from vlmcompress.live.clip import source_of
 from vlmcompress.live.handle import Handle
 from vlmcompress.live.install import check_evidence, check_seam, install, outer_model
 from vlmcompress.live.state import Settings, State, state_of
@@ -26,6 +28,8 @@ def patch(
     positions: str = "auto",
     seed: int = 0,
     restore_length: bool = True,
+    clip: Any = None,
+    question: str | Sequence[str] | None = None,
 ) -> Handle:
     """Compress the visual tokens of `model`, which is called as before.
 
@@ -38,12 +42,18 @@ def patch(
         keep: what is *kept*: a float in (0, 1] is a fraction of each image's tokens, an int a count
             per image, `"auto"` is decided per image. None only when the method carries its own
             budget.
-        processor: the model's processor; overlays need it where it crops or pads.
+        processor: the model's processor; overlays need it where it crops or pads, and text-aware
+            methods find the question in the prompt by it (the user's text of the last turn).
         positions: `contiguous` renumbers kept tokens in the language model, `original` keeps their
             ids; `auto` is contiguous for 1-D RoPE and original for M-RoPE.
         seed: for methods that draw numbers.
         restore_length: whether logits outside `generate` get the caller's length (zeros at dropped
             positions). False gives the short ones; `handle.last.token_index` maps them.
+        clip: for text-aware methods: the CLIP model whose vision tower this is, since checkpoints
+            hold no text half. A hub id, a transformers `CLIPModel` (or `(model, tokenizer)`),
+            `(open_clip_model, tokenizer)`, or `vlmcompress.reference.load_text_head()`.
+        question: for text-aware methods: what is asked, one text or one per row, where a call does
+            not say so itself (`model.generate(**inputs, question=...)`).
 
     Returns:
         A handle that reports, changes, suspends and removes the compression.
@@ -52,6 +62,7 @@ def patch(
         UnsupportedModelError: for models whose family is not known.
         AlreadyPatchedError: for a patched model.
         EvidenceError: when the method looks at something this tower does not have.
+        MissingTextError: when the method reads the question and there is no `clip`.
         ConfigError, ConfigTypeError, UnknownMethodError: for bad `method`, `keep`, `positions` or
         `seed`.
     """
@@ -70,8 +81,10 @@ def patch(
         positions=positions,
         seed=seed,
     )
-    check_evidence(family, model.base_model, built)
-    state = State(family, Settings(built, method is None), processor, restore_length)
+    source = source_of(clip, processor, family.tower_module(model.base_model))
+    check_evidence(family, model.base_model, built, source)
+    settings = Settings(built, method is None)
+    state = State(family, settings, processor, restore_length, clip=source, question=question)
     install(model, state)
     return Handle(model)
 

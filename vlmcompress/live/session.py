@@ -39,6 +39,7 @@ class Session:
         wide_rows: {layer: [b, 1, n] or per-image list} captured.
         state_layers: layers whose [CLS] output is wanted.
         cls_states: {layer: [b, d]} captured.
+        connector_input: [b, n, d] what the connector was about to read, where text is wanted.
     """
 
     watch: Stopwatch
@@ -56,6 +57,7 @@ class Session:
     wide_rows: dict[int, list[Tensor]] = field(default_factory=dict)
     state_layers: tuple[int, ...] = ()
     cls_states: dict[int, Tensor] = field(default_factory=dict)
+    connector_input: Tensor | None = None
 
     def reads(self, layer: int) -> bool:
         """Whether anything is wanted from `layer`."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmcompress.families import Family
+from vlmcompress.live.clip import TextSource
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.methods.pipeline import Pipeline
 
@@ -78,6 +79,8 @@ class State:
         calls: how many forwards and generates came with and without images.
         generate: a `generate` that others had set on the instance before; None where there was
             none.
+        clip: embeds questions and patches, for methods that read the question.
+        question: what is asked where a call does not say.
     """
 
     family: Family
@@ -89,6 +92,8 @@ class State:
     evidence: EvidenceHooks | None = None
     calls: Counter[str] = field(default_factory=Counter)
     generate: Callable[..., Any] | None = None
+    clip: TextSource | None = None
+    question: Any = None
 
     @property
     def active(self) -> bool:
