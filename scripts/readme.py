@@ -120,19 +120,16 @@ def matrix_region(results: dict[str, Any]) -> str:
     ]
     exempt = {exemption["reason"] for exemption in results["exemptions"]}
     skips = sorted(set(results["reasons"].values()) - exempt)
-    counts = [f"{n} {name}" for name, n in results["counts"].items() if n]
+    why = {"skipped": f" ({'; '.join(skips)})", "exempt": " (the table below)"}
+    counts = [f"{n} {name}{why.get(name, '')}" for name, n in results["counts"].items() if n]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown(['', *(f'`{family}`' for family in families)], rows)}\n\n"
         f"✓ all cells passed; a number names the exemption below that holds for some of them; "
         f"`-` the method does not exist there ({'; '.join(results['absent'])}). "
-        f"Cells: {', '.join(counts)}{_in_brackets(skips)}. "
+        f"Cells: {', '.join(counts)}. "
         f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): {versions}."
     )
-
-
-def _in_brackets(reasons: list[str]) -> str:
-    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
