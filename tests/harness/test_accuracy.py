@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from eval_harness import accuracy, evaluate
 from eval_harness.accuracy import is_right
 from eval_harness.controls import oracle
+from tests.seam.equalities import RandomSource
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import registry
@@ -94,7 +95,9 @@ def test_reused_tower_changes_no_answer(monkeypatch, model, processor, asked):
     monkeypatch.setattr(
         accuracy, "is_right", lambda answer, _: zlib.crc32(answer.encode()) % 2 == 0
     )
-    options = {"methods": [*registry.names(), "oracle_asked"], "keeps": [0.1]}
+    width = model.model.vision_tower.config.hidden_size
+    names = [*registry.names(), "oracle_asked"]
+    options = {"methods": names, "keeps": [0.1], "clip": RandomSource(width)}
     first = _evaluate(model, processor, asked, **options)
     again = _evaluate(model, processor, asked, **options, reuse_tower=False)
     assert again["by_kind_at"] == first["by_kind_at"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -28,6 +29,8 @@ from tests import tiny
 from tests.seam import kernels, matrix, oracle
 from tests.tiny import Prompt
 from vlmcompress import patch
+from vlmcompress.families import family_of
+from vlmcompress.methods.base import AdaptiveCompressor
 
 EXACT = 1e-5
 ROUNDING = 2.0
@@ -96,7 +99,38 @@ class World:
 
     def patched(self, method: str, keep: float | int | str, positions: str, **more: Any) -> Any:
         """The model under a method of the shared list, as a context."""
-        return patch(self.model, matrix.configured(method), keep=keep, positions=positions, **more)
+        configured = matrix.configured(method)
+        if configured.needs().text:
+            more = {**asking(self.model), **more}
+        return patch(self.model, configured, keep=keep, positions=positions, **more)
+
+
+def asking(model: Any) -> dict[str, Any]:
+    """A question, and what compares it with a model's patches."""
+    tower = family_of(model).tower_module(model.base_model)
+    return {"clip": RandomSource(tower.config.hidden_size), "question": "which one?"}
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Embeds every text alike and patches by a fixed projection.
+
+    Attributes:
+        width: of the tower's states.
+    """
+
+    width: int
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+    def texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """[2, 6] per text."""
+        return [self._draw(2, 6) for _ in texts]
+
+    def patches(self, states: Tensor) -> Tensor:
+        """[..., 6] of the tower's states."""
+        return states.float() @ self._draw(self.width, 6).to(states.device)
 
 
 @lru_cache(maxsize=4)
@@ -117,8 +151,9 @@ def rms(x: Tensor) -> float:
 
 def budgets(method: str) -> list[float | int | str]:
     """The budgets of the matrix that a method knows; `auto` needs scores."""
-    scored = matrix.configured(method).scored
-    return [keep for keep in matrix.BUDGETS if scored or keep != "auto"]
+    configured = matrix.configured(method)
+    decides = configured.scored or isinstance(configured, AdaptiveCompressor)
+    return [keep for keep in matrix.BUDGETS if decides or keep != "auto"]
 
 
 def assert_near(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from tests import tiny
 from tests.methods_list import CONNECTOR_METHODS
 from tests.tiny import FAMILIES
+from vlmcompress.families import family_of
 from vlmcompress.methods import Method, create
 
 OPTIONS: dict[str, dict[str, Any]] = dict(CONNECTOR_METHODS)
@@ -67,12 +69,15 @@ class Exemption:
 AXES = ("equality", "method", "family", "kernel", "dtype")
 LOW = ("bfloat16", "float16")
 
+#: Methods that put dropped tokens into kept ones.
+MERGERS = ("visionzip", "prumerge", "prumerge_plus", "vscan", "tome", "pitome")
+
 #: The tests skip these and only these; docs/exactness.md prints them.
 EXEMPT: tuple[Exemption, ...] = (
     Exemption(
         "a mean of tokens is no subset of them; the prompt cut by hand is compared instead",
         equality=("drop_is_mask",),
-        method=("pool",),
+        method=("pool", *MERGERS),
     ),
     Exemption(
         "its prefix attends both ways, so a longer prefix changes earlier states",
@@ -126,11 +131,20 @@ READABLE_FAMILIES = tuple(f for f in FAMILIES if f != "llava_pixtral")
 def absent(method: str, family: str) -> str | None:
     """Why a method does not exist on a family: its tower lacks the evidence; None if it does."""
     needs = create(method).needs()
-    if needs.cls_attention and family not in CLS_FAMILIES:
+    if needs.cls and family not in CLS_FAMILIES:
         return "the tower has no [CLS] token whose attention could be read"
     if needs.attention and family not in READABLE_FAMILIES:
         return "the tower's attention cannot be read"
+    if needs.text and not text_readable(family):
+        return "the tower's states before the connector cannot be read token by token"
     return None
+
+
+@cache
+def text_readable(family: str) -> bool:
+    """Whether questions can be compared with the tower's states."""
+    base = tiny.build(family).base_model
+    return family != "vipllava" and family_of(tiny.build(family)).connector(base) is not None
 
 
 def runs_on(method: str, family: str) -> bool:

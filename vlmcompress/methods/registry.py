@@ -26,6 +26,16 @@ BUILTIN: dict[str, str] = {
     "received_attention": "vlmcompress.methods.connector.received_attention:ReceivedAttention",
     "divprune": "vlmcompress.methods.connector.divprune:DivPrune",
     "hired": "vlmcompress.methods.connector.hired:HiRED",
+    "visionzip": "vlmcompress.methods.connector.visionzip:VisionZip",
+    "prumerge": "vlmcompress.methods.connector.prumerge:PruMerge",
+    "prumerge_plus": "vlmcompress.methods.connector.prumerge_plus:PruMergePlus",
+    "vispruner": "vlmcompress.methods.connector.vispruner:VisPruner",
+    "scope": "vlmcompress.methods.connector.scope:Scope",
+    "holov": "vlmcompress.methods.connector.holov:HoloV",
+    "vscan": "vlmcompress.methods.connector.vscan:VScan",
+    "tome": "vlmcompress.methods.connector.tome:ToMe",
+    "pitome": "vlmcompress.methods.connector.pitome:PiToMe",
+    "cdpruner": "vlmcompress.methods.connector.cdpruner:CDPruner",
 }
 
 

@@ -78,8 +78,8 @@ def check_metric(method: str, metric: str) -> None:
         raise ConfigError(f"{method}'s metric is {metric!r}; allowed are 'keys' and 'features'.")
 
 
-def metric_of(tokens: VisualTokens, metric: Metric) -> Tensor:
-    """[b, n, e] what is compared: keys averaged over heads, or the features."""
+def metric_of(tokens: VisualTokens, metric: Metric) -> Tensor | None:
+    """[b, n, e] keys averaged over heads; None for the features themselves."""
     if metric == "features":
-        return tokens.features.detach()
+        return None
     return only_row(tokens.evidence.keys).float().mean(2)

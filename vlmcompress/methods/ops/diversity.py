@@ -143,16 +143,15 @@ def thin_out(similarity: Tensor, order: Tensor, k: int, *, at_once: int = 8) -> 
     Returns:
         [b, k] int64, a part of `order`.
     """
-    units = torch.arange(len(order), device=order.device)[:, None]
     if k == 0:
         return order[:, :0]
     while order.shape[1] > k:
         some, others = order[:, ::2], order[:, 1::2]
-        # Whole rows first, which are contiguous.
-        rows = similarity[units, some]
-        columns = others[:, None].expand(-1, some.shape[1], -1)
-        redundancy = rows.gather(2, columns).amax(2)
-        worst = descending(redundancy)
+        redundancy = [
+            unit.index_select(0, rows).index_select(1, columns).amax(1)
+            for unit, rows, columns in zip(similarity, some, others, strict=True)
+        ]
+        worst = descending(torch.stack(redundancy))
         dropped = min(at_once, order.shape[1] - k)
         order = torch.cat([some.gather(1, worst[:, dropped:]), others], 1)
     return order

@@ -67,7 +67,11 @@ def energies(metric: Tensor, margin: float) -> Tensor:
 
     High where many similar rows crowd.
     """
-    return elu(_cosine(metric, metric) - margin).mean(2)
+    return _energies(_cosine(metric, metric), margin)
+
+
+def _energies(similar: Tensor, margin: float) -> Tensor:
+    return elu(similar - margin).mean(2)
 
 
 @torch.no_grad()
@@ -83,13 +87,16 @@ def crowded(metric: Tensor, r: int, *, margin: float) -> Matching:
         r: rows to merge, at most n // 2.
         margin: of the energy.
     """
-    ranking = descending(energies(metric, margin))
-    source, joined, protected = (
-        ranking[:, : 2 * r : 2],
-        ranking[:, 1 : 2 * r : 2],
-        ranking[:, 2 * r :],
+    similar = _cosine(metric, metric)
+    ranking = descending(_energies(similar, margin))
+    mergeable, protected = ranking[:, : 2 * r], ranking[:, 2 * r :]
+    source, joined = mergeable[:, ::2], mergeable[:, 1::2]
+    partner = torch.stack(
+        [
+            unit.index_select(0, rows).index_select(1, columns).argmax(1)
+            for unit, rows, columns in zip(similar, source, joined, strict=True)
+        ]
     )
-    partner = _cosine(_rows(metric, source), _rows(metric, joined)).argmax(2)
     return Matching.of(torch.cat([protected, joined], 1), source, joined.gather(1, partner))
 
 
@@ -173,7 +180,7 @@ def regrouped(
 
 def merge_down(
     tokens: VisualTokens,
-    metric: Tensor,
+    metric: Tensor | None,
     k: int,
     match: Callable[[Tensor, int], Matching],
     *,
@@ -184,23 +191,25 @@ def merge_down(
 
     Args:
         tokens: [b, n, d].
-        metric: [b, n, e] what is compared; averaged along with the features.
+        metric: [b, n, e] what is compared, averaged along with the features; None compares those.
         k: rows left.
         match: the rule, called with the metric and how many rows to merge.
         raster: whether rows keep the order of their representatives, between rounds and at the end.
         by_mass: whether a row counts as often as it stands for tokens, or once.
     """
     # Rounded to the features' dtype once, whatever the number of rounds.
-    dtype, metric = tokens.features.dtype, metric.float()
+    dtype = tokens.features.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    metric = None if metric is None else metric.float()
     tokens = dataclasses.replace(tokens, features=tokens.features.to(wide))
     while tokens.n > k:
-        found = match(metric, min(tokens.n // 2, tokens.n - k))
+        compared = tokens.features.detach() if metric is None else metric
+        found = match(compared, min(tokens.n // 2, tokens.n - k))
         weights = tokens.mass if by_mass else None
         features = group_mean(tokens.features, found.moved, found.kept.shape[1], weights)
-        metric = group_mean(metric, found.moved, found.kept.shape[1], weights)
-        if raster:
-            metric = _rows(metric, found.kept.argsort(1))
+        if metric is not None:
+            metric = group_mean(metric, found.moved, found.kept.shape[1], weights)
+            metric = _rows(metric, found.kept.argsort(1)) if raster else metric
         tokens = regrouped(tokens, features, found.kept, found.moved, raster=raster)
     return dataclasses.replace(tokens, features=tokens.features.to(dtype))
 
