@@ -113,10 +113,17 @@ def _part(images: VisualTokens, columns: Tensor) -> VisualTokens:
             images.features[:, columns],
             segments=_rectangle(images, columns),
             owner=images.owner,
+            tile=_views_of(images, columns),
             evidence=images.evidence.select(rows),
         ),
         mass=images.mass[:, columns],
     )
+
+
+def _views_of(images: VisualTokens, columns: Tensor) -> Tensor | None:
+    """Which view each row of a part shows; None for a single view, which is an image of its own."""
+    tile = images.tile[images.index[0, columns]]
+    return tile if bool((tile != tile[0]).any()) else None
 
 
 def _rectangle(images: VisualTokens, columns: Tensor) -> tuple[Segment, ...] | None:
