@@ -120,6 +120,25 @@ def test_evidence_of_some_units():
     assert evidence.keys[5].shape == (1, 4, 2, 4)
 
 
+def test_evidence_by_token_is_selected_and_that_of_the_image_stays():
+    place = torch.arange(5.0)
+    evidence = Evidence(
+        text=torch.ones(1, 2, 3),
+        wide_cls_attention={7: place.view(1, 1, 5)},
+        cls_features=torch.full((1, 4), 9.0),
+        patches=place.view(1, 5, 1).expand(1, 5, 3),
+    )
+    kept = evidence.select(torch.tensor([[3, 1]]))
+    assert kept.wide_cls_attention[7].tolist() == [[[3, 1]]]
+    assert kept.patches is not None
+    assert kept.patches[0, :, 0].tolist() == [3, 1]
+    assert kept.cls_features is evidence.cls_features
+    assert kept.text is evidence.text
+    units = evidence.take_units(torch.tensor([0, 0]))
+    assert units.cls_features is not None
+    assert units.cls_features.shape == (2, 4)
+
+
 @pytest.mark.parametrize(("grid", "length"), [((1, 24, 24), 576), ((8, 3, 5), 120)])
 def test_segment_length(grid: tuple[int, int, int], length: int):
     assert Segment("frame", grid, slice(0, length)).length == length
