@@ -7,6 +7,8 @@ import pytest
 from tests.matrix.cells import Cell, cells
 from tests.seam import kernels
 from tests.seam.equalities import CHECKS, world
+from vlmcompress import handle_of
+from vlmcompress.live.state import state_of
 
 
 @pytest.mark.matrix
@@ -14,4 +16,9 @@ from tests.seam.equalities import CHECKS, world
 def test_cell(cell: Cell):
     if reason := kernels.missing(cell.kernel):
         pytest.skip(reason)
-    CHECKS[cell.equality](world(cell.family, cell.kernel, cell.dtype), cell.method)
+    here = world(cell.family, cell.kernel, cell.dtype)
+    try:
+        CHECKS[cell.equality](here, cell.method)
+    finally:  # other cells share the model
+        if state_of(here.model) is not None:
+            handle_of(here.model).remove()

@@ -123,7 +123,7 @@ def exempt(equality: str, **place: str) -> str | None:
     return next(found, None)
 
 
-CLS_FAMILIES = ("llava", "vipllava")
+CLS_FAMILIES = ("llava", "vipllava", "llava_next")
 READABLE_FAMILIES = tuple(f for f in FAMILIES if f != "llava_pixtral")
 
 
@@ -144,7 +144,10 @@ def absent(method: str, family: str) -> str | None:
 def text_readable(family: str) -> bool:
     """Whether questions can be compared with the tower's states."""
     base = tiny.build(family).base_model
-    return family != "vipllava" and family_of(tiny.build(family)).connector(base) is not None
+    facts = family_of(tiny.build(family))
+    if family == "vipllava" or not facts.connector_reads_states:
+        return False
+    return facts.connector(base) is not None
 
 
 def runs_on(method: str, family: str) -> bool:

@@ -147,7 +147,7 @@ def test_a_clip_of_another_width_is_refused():
         patch(tiny.build("llava"), "cdpruner", keep=0.5, clip=RandomSource(7))
 
 
-@pytest.mark.parametrize("family", ["vipllava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["vipllava", "qwen2_vl", "ovis2"])
 def test_towers_that_cannot_be_compared(family):
     model = tiny.build(family)
     with pytest.raises(EvidenceError, match="compare"):

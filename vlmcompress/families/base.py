@@ -45,6 +45,8 @@ class Family:
         connector_path: path to the connector when it maps tokens one by one, so that selecting rows
             before it equals selecting after it and the rest of the family's code does not count
             rows; else None.
+        connector_reads_states: whether the connector reads the tower's states themselves, and not
+            something made of them.
         merge: side of the square of patches that forms one token.
         merge_order: whether patches of one token follow each other (`consecutive`) or lie in a
             raster.
@@ -56,6 +58,7 @@ class Family:
     model_type: str
     tower_path: str = "vision_tower"
     connector_path: str | None = None
+    connector_reads_states: bool = True
     merge: int = 1
     merge_order: Literal["raster", "consecutive"] = "raster"
     rope: Literal["1d", "mrope"] = "1d"

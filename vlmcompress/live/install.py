@@ -91,7 +91,8 @@ def check_evidence(
 def _check_text(family: Family, base: nn.Module, built: Pipeline, clip: TextSource | None) -> None:
     """Refuse methods that read the question where patches cannot be compared with it."""
     names = ", ".join(repr(s.method.name) for s in built.stages if s.method.needs().text)
-    if family.connector(base) is None or _reads_several(family, base):
+    states = family.connector(base) is not None and family.connector_reads_states
+    if not states or _reads_several(family, base):
         raise EvidenceError(
             f"{names} compare(s) the question with the tower's states before the connector, which "
             f"cannot be read token by token in this {family.model_type} model; use a method that "
