@@ -134,9 +134,13 @@ class RandomSource:
 
 
 @lru_cache(maxsize=4)
+@torch.no_grad()
 def world(family: str, kernel: str = "sdpa", dtype: str = "float32") -> World:
     """A world, kept while the tests stay near it."""
-    return World(family, kernel, dtype)
+    made = World(family, kernel, dtype)
+    _ = made.ids  # what the model computes unpatched must not be asked for first under a patch
+    _ = made.rounding if made.low else made.logits
+    return made
 
 
 def float32(call: Mapping[str, Any]) -> dict[str, Any]:
