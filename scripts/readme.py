@@ -13,8 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval_harness.plots import plot_learning
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
+from vlmcompress.reference.card import card, report
+from vlmcompress.reference.curve import TRAINING_LOG
+from vlmcompress.reference.study import stored
+from vlmcompress.reference.weights import WEIGHTS_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
@@ -73,27 +78,16 @@ def bench_region(results: dict[str, Any]) -> str:
     )
 
 
-def reference_region(results: dict[str, Any]) -> str:
-    """Accuracy of the reference model by method and budget, and by kind of question."""
-    header, rows = accuracy_rows(results)
-    rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
-    kinds = results["by_kind"]
-    by_kind = markdown(
-        ["", *kinds],
-        [
-            _percents("all tokens", kinds),
-            *(
-                _percents(f"`{method}`, keep 0.1", results["by_kind_at"]["0.1"][method])
-                for method in ("vtc_cls", "fastervlm", "random")
-            ),
-        ],
-    )
+def reference_region(study: dict[str, Any]) -> str:
+    """Everything that was measured of the reference model."""
+    machine = study["worlds"]["objects"]["contiguous"]["machine"]
     return (
-        f"{markdown(header, rows)}\n\n{by_kind}\n\n"
-        f"Accuracy in % (95 % interval, bootstrap over scenes) on {results['n']} held-out "
-        f"questions, unweighted mean over the kinds; {100 * results['blind']:.1f} without the "
-        f"image. "
-        f"{_source('assets/reference_eval.json', results['machine'], 'make results')}"
+        f"{report(study)}\n\n"
+        f"Accuracy in % (95 % interval, bootstrap over scenes) on held-out questions, unweighted "
+        f"mean over the kinds; `random` is the mean of {study['plan']['seeds']} seeds. AUC: the "
+        f"chance that an object patch gets more [CLS] attention than a ground patch; mass: the "
+        f"share of that attention on object patches. "
+        f"{_source('assets/reference_eval.json', machine, 'make reference-results')}"
     )
 
 
@@ -163,10 +157,6 @@ def exemptions_region(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _percents(name: str, values: dict[str, float]) -> list[str]:
-    return [name, *(f"{100 * value:.1f}" for value in values.values())]
-
-
 def _costs(row: dict[str, Any]) -> list[str]:
     return [str(row["tokens"]), f"{row['kv_bytes'] / 2**20:.2f}"]
 
@@ -198,11 +188,13 @@ def documents() -> dict[Path, str]:
     readme = _measured(readme, "table", "results.json", accuracy_region)
     readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
+    study = stored(ASSETS / "reference_eval.json")
     return {
         ROOT / "README.md": insert(readme, "families", table),
-        ROOT / "docs" / "reference-model.md": _measured(
-            reference, "reference", "reference_eval.json", reference_region
+        ROOT / "docs" / "reference-model.md": (
+            reference if study is None else insert(reference, "reference", reference_region(study))
         ),
+        WEIGHTS_DIR / "README.md": card(training_log(), study),
         ROOT / "docs" / "families.md": insert(families, "families", table),
         ROOT / "docs" / "exactness.md": _measured(
             exactness, "exemptions", "matrix.json", exemptions_region
@@ -211,6 +203,11 @@ def documents() -> dict[Path, str]:
             benchmarking, "imports", "import_time.json", import_region
         ),
     }
+
+
+def training_log() -> dict[str, Any]:
+    """What is known of the training of the shipped weights."""
+    return json.loads(TRAINING_LOG.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _measured(document: str, region: str, name: str, make: Callable[[dict[str, Any]], str]) -> str:
@@ -230,6 +227,7 @@ def main() -> None:
         ASSETS.mkdir(parents=True, exist_ok=True)
         for name in ("kept.png", "curve.png", "results.json"):
             shutil.copy(folder / name, ASSETS / name)
+    plot_learning(training_log(), ASSETS / "learning.png")
     for path, content in documents().items():
         path.write_text(content, encoding="utf-8")
 

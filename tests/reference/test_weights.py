@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,13 @@ from vlmcompress.reference import (
     prompt,
     samples,
 )
-from vlmcompress.reference.curve import TRAINING_LOG, card
+from vlmcompress.reference.card import card
+from vlmcompress.reference.curve import TRAINING_LOG
 from vlmcompress.reference.model import cls_attention
 from vlmcompress.reference.scenes import OBJECT_SHARE
+from vlmcompress.reference.study import stored
 
+RESULTS = Path(__file__).parents[2] / "docs" / "assets" / "reference_eval.json"
 LIMIT = 14_000_000
 LEARNT = ("exists", "absent", "colour", "shape", "quadrant", "glyph")
 
@@ -66,9 +70,9 @@ def test_plain_transformers_loads_the_folder():
     assert type(AutoProcessor.from_pretrained(WEIGHTS_DIR)).__name__ == "LlavaProcessor"
 
 
-def test_card_is_made_from_the_training_log():
+def test_card_is_made_from_the_training_log_and_the_study():
     log = json.loads(TRAINING_LOG.read_text())
-    assert (WEIGHTS_DIR / "README.md").read_text() == card(log)
+    assert (WEIGHTS_DIR / "README.md").read_text() == card(log, stored(RESULTS))
     assert log["test"]["all@196"]["mean"] >= 0.88
     assert log["test"]["cls@20"]["mean"] > log["test"]["random@20"]["mean"] + 0.1
 

@@ -107,6 +107,16 @@ def study(
     }
 
 
+def stored(path: str | Path, weights: str | Path = WEIGHTS_DIR) -> dict[str, Any] | None:
+    """A study from its file, None where there is none or it belongs to other weights."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    same = found.get("weights") == _digest(Path(weights) / "model.safetensors")
+    return found if same else None
+
+
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 

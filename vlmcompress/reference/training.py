@@ -13,8 +13,9 @@ import torch
 
 from vlmcompress.core.errors import ConfigError
 
+from .card import card
 from .checkpoint import read_state
-from .curve import card, training_log
+from .curve import training_log
 from .exporting import export
 from .model import Shape
 from .worker import Job, run_job
@@ -184,7 +185,7 @@ def train(
         for key in missing:
             os.environ.pop(key, None)
     weights = export(folder, folder / "weights", shape=common["shape"], seed=seed)
-    log = training_log(folder, weights, test_scenes)
+    log = training_log(folder, weights, test_scenes, start)
     (folder / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     (weights / "README.md").write_text(card(log))
     return weights
