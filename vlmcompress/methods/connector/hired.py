@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmcompress.core.errors import ConfigError
+from vlmcompress.core.errors import ConfigError, EvidenceError
 from vlmcompress.core.tokens import Segment, VisualTokens
 from vlmcompress.methods.base import Layer, Needs, TokenPruner, check_layers
 from vlmcompress.methods.ops.shares import apportion
@@ -67,17 +67,27 @@ class HiRED(TokenPruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[b, n]: sum over heads of the [CLS] row."""
-        return next(iter(tokens.evidence.cls_attention.values())).float().sum(1)
+        return self._rows(tokens)[0]
+
+    def _rows(self, tokens: VisualTokens) -> list[Tensor]:
+        """[b, n] head sums: of the ranking layer first, of the budget's layer last.
+
+        Raises:
+            EvidenceError: when none were captured.
+        """
+        rows = tokens.evidence.cls_attention
+        if not rows:
+            raise EvidenceError("hired needs [CLS] attention, and none was captured.")
+        return [row.float().sum(1) for row in rows.values()]
 
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
         """Keep the best patches of each view, as many as its share of the budget allows."""
         tile = tokens.tile[tokens.index[0]]
         if int(tile.max()) == 0:
             return super().compress(tokens, keep)
-        scores, total = self.score(tokens), self.budget(tokens, keep)
-        early = list(tokens.evidence.cls_attention.values())[-1].float().sum(1)
+        sums, total = self._rows(tokens), self.budget(tokens, keep)
         rows = []
-        for score, content in zip(scores, early, strict=True):
+        for score, content in zip(sums[0], sums[-1], strict=True):
             budgets = self.budgets(tile, content, total)
             columns = [(tile == view).nonzero()[:, 0] for view in range(len(budgets))]
             best = [
