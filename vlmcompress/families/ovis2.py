@@ -7,5 +7,5 @@ FAMILY = Family(
     "ovis2",
     connector_path="visual_embeddings_table",
     merge=2,
-    own_tower=Tower(layers_path="transformer.encoder.layers", attention="attention"),
+    own_tower=Tower(layers_path="transformer.encoder.layers", attention="attention", norm=None),
 )

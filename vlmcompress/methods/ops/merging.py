@@ -157,6 +157,46 @@ def group_mean(values: Tensor, moved: Tensor, k: int, weights: Tensor | None = N
     return (total / torch.where(mass > 0, mass, 1)).to(values.dtype)
 
 
+def join(values: Tensor, found: Matching, weights: Tensor) -> Tensor:
+    """Weighted means of rows and those that join them: [b, k, d] in the dtype of `values`.
+
+    Equal to `group_mean`, at the price of the rows that move instead of all of them.
+
+    Args:
+        values: [b, n, d].
+        found: which rows stay and which join them; none are dropped.
+        weights: [b, n], positive.
+    """
+    k = found.kept.shape[1]
+    r = values.shape[1] - k
+    stays = torch.zeros_like(found.moved).scatter_(1, found.kept, 1)
+    joining = stays.argsort(dim=1, stable=True)[:, :r]
+    share = (weights / _totals(found, joining, weights).gather(1, found.moved)).to(torch.float32)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    kept = _rows(values, found.kept).to(wide) * share.gather(1, found.kept)[..., None]
+    added = _rows(values, joining).to(wide) * share.gather(1, joining)[..., None]
+    number = torch.arange(k, device=values.device)[:, None]
+    target = found.moved.gather(1, joining)
+    with torch.autocast(values.device.type, enabled=False):
+        sums = [(row == number).to(wide) @ rows for row, rows in zip(target, added, strict=True)]
+    return (kept + torch.stack(sums)).to(values.dtype)
+
+
+def _totals(found: Matching, joining: Tensor, weights: Tensor) -> Tensor:
+    """[b, k] sums of weights."""
+    total = weights.gather(1, found.kept).double()
+    more = weights.gather(1, joining).double()
+    return total.scatter_add(1, found.moved.gather(1, joining), more)
+
+
+def behind(found: Matching, rows: int) -> Matching:
+    """A matching of the rows after the first `rows`, with those in their places before it."""
+    if rows == 0:
+        return found
+    first = torch.arange(rows, device=found.kept.device).expand(len(found.kept), -1)
+    return Matching(*(torch.cat([first, x + rows], 1) for x in (found.kept, found.moved)))
+
+
 def regrouped(
     tokens: VisualTokens, features: Tensor, source: Tensor, moved: Tensor, *, raster: bool = True
 ) -> VisualTokens:
