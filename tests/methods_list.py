@@ -29,4 +29,7 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("evit", {}),
     ("tome_tower", {}),
     ("pitome_tower", {"margin": 0.5}),
+    ("mctf", {}),
+    ("ats", {}),
+    ("sta", {}),
 )

@@ -337,4 +337,7 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "tome": _tome,
     "pitome": _pitome,
     "evit": tower.evit,
+    "ats": tower.ats,
+    "mctf": tower.mctf,
+    "sta": tower.sta,
 }

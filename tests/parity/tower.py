@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from vlmcompress.methods import create
-from vlmcompress.methods.ops import schedules
+from vlmcompress.methods.ops import merging, schedules, supertokens
+from vlmcompress.methods.tower.ats import sampled, significance
 from vlmcompress.methods.tower.base import TowerAttention, TowerReducer, TowerState
 from vlmcompress.methods.tower.evit import attentive
+from vlmcompress.methods.tower.mctf import MCTF
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,7 +37,7 @@ def evit(inputs: Arrays) -> Arrays:
     mixed = (attention.weights() @ v).transpose(1, 2).flatten(2)
     x = x + linear(mixed, *weights("attn_proj"))
     state = TowerState.whole(x, 1, 1)
-    state = TowerState(x, state.mass, state.source, state.assignment, 1, 1, attention)
+    state = dataclasses.replace(state, attention=attention)
     n = x.shape[1] - 1
     (left,) = method.schedule(n, None, 1, 0)
     kept = left - int(inputs["fuse_token"])
@@ -54,3 +58,77 @@ def tome_schedule(inputs: Arrays) -> Arrays:
     for row, values in zip(schedule, rows, strict=True):
         row[: len(values)] = values
     return {"schedule": schedule}
+
+
+def ats(inputs: Arrays) -> Arrays:
+    """`attn` [B, H, N, N], `v` [B, H, N, hd], `x` [B, N, C], as many levels as there are tokens."""
+    x, v = torch.from_numpy(inputs["x"]), torch.from_numpy(inputs["v"])
+    b, n = x.shape[:2]
+    state = _with_attention(x, torch.from_numpy(inputs["attn"]), v)
+    scores = significance(state)
+    ascending = scores.argsort(dim=1, stable=True)
+    chosen = sampled(scores.gather(1, ascending), int(inputs["n_ref_tokens"]) - 1)
+    index = torch.full((b, n), -1)
+    for i in range(b):
+        rows = ascending[i][chosen[i]] + 1
+        index[i, : len(rows) + 1] = torch.cat([rows.new_zeros(1), rows])
+    policy = (index >= 0)[..., None]
+    taken = torch.take_along_dim(x, index.clamp(min=0)[..., None], 1) * policy
+    return {
+        "selected_src_idx": index.numpy(),
+        "policy": policy.numpy(),
+        "selected_x": taken.numpy(),
+    }
+
+
+class _Map(TowerAttention):
+    """An attention whose map is given."""
+
+    def weights(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of it, kept in the place of the queries."""
+        return self.q[:, :, rows]
+
+
+def _with_attention(x: Tensor, weights: Tensor, v: Tensor | None = None) -> TowerState:
+    state = TowerState.whole(x, 1, 1)
+    return dataclasses.replace(state, attention=_Map(weights, weights, 1.0, v))
+
+
+def mctf(inputs: Arrays) -> Arrays:
+    """`x` [B, N, C], `attn` [B, H, N, N], `size`, `r`, `num_protected`, taus, `bidirection`."""
+    method = create(
+        "mctf",
+        **{f"tau_{ours}": float(inputs[f"tau_{theirs}"]) for ours, theirs in TAUS.items()},
+        bidirectional=bool(inputs["bidirection"]),
+    )
+    assert isinstance(method, MCTF)
+    weights, size = torch.from_numpy(inputs["attn"]), torch.from_numpy(inputs["size"])[..., 0]
+    state = _with_attention(torch.from_numpy(inputs["x"]), weights)
+    state = dataclasses.replace(state, mass=size)
+    n, r = state.patches, int(inputs["r"])
+    short = method.reduce(0, state, n - r)
+    received = state.attended().received()
+    found = method.match(state, received, r)
+    ones = torch.ones_like(size)
+    columns = merging.group_sum(weights.mean(1).transpose(1, 2), found.moved, n + 1 - r, ones)
+    ahead = merging.group_mean(columns.transpose(1, 2), found.moved, n + 1 - r, received * size)
+    return {
+        "merged_infoweighted": short.hidden.numpy(),
+        "merged_size": short.mass[..., None].numpy(),
+        "merged_sizeweighted": merging.join(state.hidden, found, size).numpy(),
+        "attn_next_mean": ahead.numpy(),
+    }
+
+
+TAUS = {"similarity": "sim", "information": "info", "size": "size"}
+
+
+def sta(inputs: Arrays) -> Arrays:
+    """`x_bchw` [B, C, H, W], `stoken_size`, `n_iter`."""
+    x, side = torch.from_numpy(inputs["x_bchw"]), int(inputs["stoken_size"])
+    found = supertokens.cluster(x, (side, side), int(inputs["n_iter"]))
+    return {
+        "super_tokens_bchw": found.tokens.numpy(),
+        "affinity_b9hw": found.by_place().numpy(),
+        "pixel_out": found.spread(x.shape[2:]).numpy(),
+    }

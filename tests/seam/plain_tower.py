@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Rows:
     Attributes:
         x: [n, d]. members: patches in each row; empty for [CLS]. source: the patch that names it.
         keys: [n, head_dim] of the block, averaged over heads. cls: [n] attention of row 0.
+        received: [n] attention, averaged over heads and queries.
     """
 
     x: Tensor
@@ -28,6 +29,7 @@ class Rows:
     source: list[int]
     keys: Tensor | None = None
     cls: Tensor | None = None
+    received: Tensor | None = None
 
     def weights(self) -> Tensor:
         """How many patches each row stands for."""
@@ -47,7 +49,7 @@ Rule = Callable[[int, Rows, int], Rows]
 
 
 def run(
-    model: Any, pixels: Tensor, rule: Rule, plan: Sequence[int], *, weighed: bool, after: bool
+    model: Any, pixels: Tensor, rule: Rule, plan: Sequence[int], *, weighed: bool, place: str
 ) -> list[Rows]:
     """What leaves the tower of each image, patches only, in raster order.
 
@@ -57,7 +59,7 @@ def run(
         rule: (layer, rows, patches left) to rows.
         plan: patches left after each layer that is read.
         weighed: whether log(members) is added to the logits of keys.
-        after: whether rows are reduced after the block instead of before its MLP.
+        place: of the reduction: `before` a block, `between` its halves, or `after`.
     """
     family, base = family_of(model), model.base_model
     module, tower = family.tower_module(base), family.tower(base)
@@ -69,7 +71,7 @@ def run(
         n = len(x) - cls
         rows = Rows(x, [[]] * cls + [[i] for i in range(n)], [-1] * cls + list(range(n)))
         for layer, left in enumerate(plan):
-            rows = _block(layers[layer], layer, rows, rule, left, cls, weighed, after)
+            rows = _block(layers[layer], layer, rows, rule, left, cls, weighed, place)
         order = sorted(range(cls, len(rows.x)), key=lambda i: rows.source[i])
         last = model.config.model_type == "paligemma"  # reads behind the tower's last norm
         x = module.post_layernorm(rows.x) if last else rows.x
@@ -79,8 +81,21 @@ def run(
 
 
 def _block(
-    block: Any, layer: int, rows: Rows, rule: Rule, left: int, cls: int, weighed: bool, after: bool
+    block: Any, layer: int, rows: Rows, rule: Rule, left: int, cls: int, weighed: bool, place: str
 ) -> Rows:
+    act = left < len(rows.x) - cls
+    seen, mixed = _attend(block, rows, weighed)
+    if act and place == "before":
+        rows = rule(layer, seen, left)
+        seen, mixed = _attend(block, rows, weighed)
+    rows = replace(seen, x=rows.x + block.self_attn.out_proj(mixed))
+    if act and place == "between":
+        rows = rule(layer, rows, left)
+    rows = replace(rows, x=rows.x + block.mlp(block.layer_norm2(rows.x)))
+    return rule(layer, rows, left) if act and place == "after" else rows
+
+
+def _attend(block: Any, rows: Rows, weighed: bool) -> tuple[Rows, Tensor]:
     attention, heads = block.self_attn, block.self_attn.num_heads
     normed = block.layer_norm1(rows.x)
     q, k, v = (
@@ -92,15 +107,8 @@ def _block(
         logits = logits + rows.weights().log()
     weights = logits.softmax(-1)
     mixed = torch.einsum("hij,jhd->ihd", weights, v).flatten(1)
-    x = rows.x + attention.out_proj(mixed)
-    keys, row = k.mean(1), weights[:, 0].mean(0)
-    rows = Rows(x, rows.members, rows.source, keys, row)
-    act = left < len(rows.x) - cls
-    if act and not after:
-        rows = rule(layer, rows, left)
-    x = rows.x + block.mlp(block.layer_norm2(rows.x))
-    rows = Rows(x, rows.members, rows.source, rows.keys, rows.cls)
-    return rule(layer, rows, left) if act and after else rows
+    received = weights.mean((0, 1))
+    return replace(rows, keys=k.mean(1), cls=weights[:, 0].mean(0), received=received), mixed
 
 
 def tome(cls: int) -> Rule:
@@ -148,5 +156,42 @@ def pitome(margin: float, depth: int, cls: int) -> Rule:
         groups = [[i] for i in range(cls)] + [[i + cls] for i in stay]
         groups += [[i + cls for i in joined if joined[i] == j] + [j + cls] for j in targets]
         return rows.take(groups)
+
+    return rule
+
+
+def mctf(cls: int) -> Rule:
+    """Half of the pairs join from even to odd rows, the others from odd to what is left."""
+
+    def rule(layer: int, rows: Rows, left: int) -> Rows:
+        n = len(rows.x)
+        information, size = 1 / rows.received, 1 / rows.weights()
+        information, size = information / information.max(), size / size.max()
+
+        def weight(i: int, j: int) -> float:
+            similar = (float(cosine_similarity(rows.x[i], rows.x[j], 0)) + 1) / 2
+            both = float(information[i] * information[j]) ** (1 / 20)
+            return similar * both * float(size[i] * size[j]) ** (1 / 40)
+
+        even, odd = list(range(cls * 2, n, 2)), list(range(1, n, 2))
+        pair = {(i, j): weight(i, j) for i in even for j in odd}
+        joined: dict[int, int] = {}
+        r = n - cls - left
+        first = {i: max(odd, key=lambda j: pair[i, j]) for i in even}
+        for i in sorted(even, key=lambda i: -pair[i, first[i]])[: r // 2]:
+            joined[i] = first[i]
+        rest = [i for i in even if i not in joined]
+        back = {j: max(rest, key=lambda i: pair[i, j]) for j in odd}
+        ranking = sorted(odd, key=lambda j: -pair[back[j], j])
+        joined |= {j: back[j] for j in ranking[: r - r // 2]}
+
+        def root(i: int) -> int:
+            return root(joined[i]) if i in joined else i
+
+        stay = [*range(cls), *rest, *ranking[r - r // 2 :]]
+        groups = [[i for i in range(n) if i != s and root(i) == s] + [s] for s in stay]
+        w = rows.received * rows.weights()
+        x = [sum(w[i] * rows.x[i] for i in g) / sum(w[i] for i in g) for g in groups]
+        return rows.take(groups, torch.stack(x))
 
     return rule

@@ -53,6 +53,7 @@ def blocks(model: Any) -> Any:
 RULES = {
     "tome_tower": lambda cls, depth: plain_tower.tome(cls),
     "evit": lambda cls, depth: plain_tower.evit,
+    "mctf": lambda cls, depth: plain_tower.mctf(cls),
     "pitome_tower": lambda cls, depth: plain_tower.pitome(0.9, depth, cls),
 }
 
@@ -68,7 +69,7 @@ def test_the_tower_equals_one_written_out(family, name, kernel):
     want = plain_tower.run(
         *(w.model, call["pixel_values"], rule, record.tower_patches),
         weighed=method.weighs_keys,
-        after=False,
+        place=method.place,
     )
     assert record.tokens_after == (10, 10, 10)
     for image, rows in enumerate(want):
@@ -321,7 +322,7 @@ def test_cls_methods_need_cls():
 
 def test_kernels_without_masks_are_refused_where_keys_are_weighed():
     w = world("llava", "fake_flash")
-    for name in ("tome_tower", "pitome_tower"):
+    for name in ("tome_tower", "pitome_tower", "mctf"):
         with pytest.raises(UnsupportedModelError, match=r"takes no such mask.*proportional=False"):
             patch(w.model, name, keep=0.5)
     plain = world("llava")

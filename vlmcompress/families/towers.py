@@ -47,6 +47,7 @@ class Tower:
         has_cls: whether row 0 is a [CLS] token.
         norm: name of the norm between a block's attention and its MLP; None for towers whose rows
             cannot be reduced between blocks.
+        first_norm: name of the norm before the attention.
         mlp: name of the MLP.
         values: name of the projection to values.
     """
@@ -55,6 +56,7 @@ class Tower:
     attention: str = "self_attn"
     has_cls: bool = False
     norm: str | None = "layer_norm2"
+    first_norm: str = "layer_norm1"
     mlp: str = "mlp"
     values: str = "v_proj"
 

@@ -170,8 +170,8 @@ class Encoder:
         )
         if self._pipeline.tower is not None:
             self._check_checkpointing()
-            rows, depth = int(self._tower.has_cls), len(self._layers)
-            session.run = TowerRun(self._pipeline.tower, rows, depth, read)
+            depth = len(self._layers)
+            session.run = TowerRun(self._pipeline.tower, self._tower, depth, read)
         if needs.cls_features:
             session.state_layers = self._family.read_layers(
                 self._base, arguments, len(self._layers)

@@ -73,7 +73,7 @@ def _per_image(qk: QueriesKeys) -> Iterator[QueriesKeys]:
 
 def _on_projection(layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
     session = current()
-    if session is not None and session.reads(layer):
+    if session is not None and session.reads(layer) and not session.idle:
         session.projections[layer, name] = output.detach()
 
 

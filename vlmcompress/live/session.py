@@ -64,8 +64,8 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether a block's attention is passed over right now."""
-        return self.run is not None and self.run.half == "mlp"
+        """Whether no block's attention runs right now that evidence could be read from."""
+        return self.run is not None and self.run.half in ("ahead", "mlp")
 
     def reads(self, layer: int) -> bool:
         """Whether anything is wanted from `layer`."""

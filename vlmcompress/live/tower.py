@@ -45,7 +45,7 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
     if session is None or session.run is None:
         output = forward(hidden_states)
     else:
-        output = session.run.block(self.__dict__[_INDEX], forward, hidden_states)
+        output = session.run.block(self.__dict__[_INDEX], self, forward, hidden_states)
     if session is not None and self.__dict__[_INDEX] in session.state_layers:
         session.cls_states[self.__dict__[_INDEX]] = output[:, 0]
     return output

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmcompress.families.towers import QueriesKeys
+from vlmcompress.families.towers import QueriesKeys, Tower
 from vlmcompress.methods.ops.merging import group_mean, group_sum
 from vlmcompress.methods.pipeline import TowerStage
 from vlmcompress.methods.tower.base import TowerAttention, TowerState
@@ -25,19 +25,20 @@ class TowerRun:
     """The state of one pass.
 
     Attributes:
-        half: which half of a block runs; None where it runs whole.
+        half: which half of a block runs, or that its queries and keys are computed ahead of it;
+            None where it runs whole.
     """
 
-    def __init__(self, stage: TowerStage, cls_rows: int, depth: int, last: int) -> None:
-        self._method, self._keep = stage.method, stage.keep
-        self._cls_rows, self._depth, self._last = cls_rows, depth, last
+    def __init__(self, stage: TowerStage, tower: Tower, depth: int, last: int) -> None:
+        self._method, self._keep, self._tower = stage.method, stage.keep, tower
+        self._cls_rows, self._depth, self._last = int(tower.has_cls), depth, last
         self._plan: tuple[int, ...] = ()
         self._state: TowerState | None = None
         self._layer = -1
         self._held: Tensor | None = None
         self._sources: dict[int, Tensor] = {}
         self._plain_output = False
-        self.half: Literal["attention", "mlp"] | None = None
+        self.half: Literal["ahead", "attention", "mlp"] | None = None
 
     @property
     def state(self) -> TowerState:
@@ -85,12 +86,15 @@ class TowerRun:
         n = bias.shape[1]
         return bias.to(dtype)[:, None, None].expand(-1, 1, n, n)
 
-    def block(self, layer: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def block(
+        self, layer: int, module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
         """The output of a block, its rows reduced where the method acts in it.
 
         Args:
             layer: index of the block.
-            forward: the block's own.
+            module: the block.
+            forward: its own.
             hidden: [b, n, d].
         """
         if self._state is None:
@@ -100,6 +104,8 @@ class TowerRun:
             return forward(hidden)
         place, k = self._method.place, self._plan[layer]
         if place == "before":
+            if self.reads(layer):
+                self._look_ahead(module, hidden)
             return forward(self._reduce(hidden, k))
         if place == "after":
             return self._reduce(forward(hidden), k)
@@ -111,6 +117,19 @@ class TowerRun:
         output = forward(hidden)
         self.half = None
         return output
+
+    @torch.no_grad()
+    def _look_ahead(self, module: nn.Module, hidden: Tensor) -> None:
+        """Queries and keys that a block is about to make, from its own norm and projections."""
+        self.half = "ahead"
+        tower = self._tower
+        attention = module.get_submodule(tower.attention)
+        normed = module.get_submodule(tower.first_norm)(hidden)
+        outputs = {name: attention.get_submodule(name)(normed) for name in tower.projections}
+        qk = tower.queries_keys(attention, outputs, {})
+        self.half = None
+        view = TowerAttention(qk.q, qk.k, qk.scale, bias=self.bias())
+        self._state = dataclasses.replace(self.state, attention=view)
 
     def _begin(self, hidden: Tensor) -> None:
         self._state = TowerState.whole(hidden, self._cls_rows, self._depth)

@@ -39,6 +39,9 @@ BUILTIN: dict[str, str] = {
     "evit": "vlmcompress.methods.tower.evit:EViT",
     "tome_tower": "vlmcompress.methods.tower.tome:ToMeTower",
     "pitome_tower": "vlmcompress.methods.tower.pitome:PiToMeTower",
+    "mctf": "vlmcompress.methods.tower.mctf:MCTF",
+    "ats": "vlmcompress.methods.tower.ats:ATS",
+    "sta": "vlmcompress.methods.tower.sta:STA",
 }
 
 

@@ -48,7 +48,7 @@ def bipartite(metric: Tensor, r: int, *, protected: bool = False) -> Matching:
         protected: whether row 0 ([CLS]) neither joins nor is reordered; rows that stay then keep
             their order.
     """
-    scores = _cosine(metric[:, ::2], metric[:, 1::2])
+    scores = cosine(metric[:, ::2], metric[:, 1::2])
     if protected:
         scores[:, 0] = -torch.inf
     partner = scores.argmax(2)
@@ -67,7 +67,7 @@ def energies(metric: Tensor, margin: float) -> Tensor:
 
     High where many similar rows crowd.
     """
-    return _energies(_cosine(metric, metric), margin)
+    return _energies(cosine(metric, metric), margin)
 
 
 def _energies(similar: Tensor, margin: float) -> Tensor:
@@ -87,7 +87,7 @@ def crowded(metric: Tensor, r: int, *, margin: float) -> Matching:
         r: rows to merge, at most n // 2.
         margin: of the energy.
     """
-    similar = _cosine(metric, metric)
+    similar = cosine(metric, metric)
     ranking = descending(_energies(similar, margin))
     mergeable, protected = ranking[:, : 2 * r], ranking[:, 2 * r :]
     source, joined = mergeable[:, ::2], mergeable[:, 1::2]
@@ -121,7 +121,7 @@ def last_of_each(metric: Tensor, k: int) -> Matching:
     rows = torch.arange(metric.shape[1], device=metric.device).view(-1, k)
     kept = rows[:, -1].expand(len(metric), -1)
     source = rows[:, :-1].flatten().expand(len(metric), -1)
-    partner = _cosine(_rows(metric, source), _rows(metric, kept)).argmax(2)
+    partner = cosine(_rows(metric, source), _rows(metric, kept)).argmax(2)
     return Matching.of(kept, source, kept.gather(1, partner))
 
 
@@ -260,7 +260,7 @@ def nearest(features: Tensor, rows: Tensor) -> Tensor:
     Each of `rows` is its own nearest, duplicates or not.
     """
     with torch.no_grad():
-        place = _cosine(features, _rows(features, rows)).argmax(2)
+        place = cosine(features, _rows(features, rows)).argmax(2)
     number = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     return place.scatter(1, rows, number)
 
@@ -270,7 +270,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(values, index[..., None], 1)
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosines [b, n, m] in float32; one product per unit, whatever its batch."""
     with torch.autocast(a.device.type, enabled=False):
         left, right = normalize(a.float(), dim=-1), normalize(b.float(), dim=-1)

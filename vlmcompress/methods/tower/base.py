@@ -53,6 +53,15 @@ class TowerAttention:
             logits = logits + self.bias.float()[:, None, None]
         return logits.softmax(-1)
 
+    def received(self) -> Tensor:
+        """Attention each row receives, averaged over heads and queries: [b, n] float32.
+
+        Queries are taken in blocks, so that memory is O(n).
+        """
+        n = self.q.shape[2]
+        blocks = (self.weights(slice(i, i + 64)).sum(2) for i in range(0, n, 64))
+        return torch.stack(list(blocks)).sum(0).mean(1) / n
+
 
 @dataclass(frozen=True)
 class TowerState:
