@@ -32,4 +32,5 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mctf", {}),
     ("ats", {}),
     ("sta", {}),
+    ("zero_tprune", {"rounds": (4, 2, 1)}),
 )

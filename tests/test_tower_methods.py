@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.methods_list import TOWER_METHODS
 from tests.units import QUICK, seeds
-from vlmcompress.core.errors import ConfigError, EvidenceError
+from vlmcompress.core.errors import ConfigError, ConfigTypeError, EvidenceError
 from vlmcompress.methods import TowerReducer, create
 from vlmcompress.methods.ops import merging, schedules
 from vlmcompress.methods.tower.base import TowerAttention, TowerState
+from vlmcompress.methods.tower.zero_tprune import ZeroTPrune, page_rank
 
 DEPTH, HEADS, WIDTH = 12, 3, 8
 
@@ -175,3 +176,42 @@ def test_pitome_as_released_for_clip():
     late = merging.behind(merging.crowded(state.hidden[:, 1:], 6, margin=0.9 * (1 - 7 / 12)), 1)
     want = merging.group_mean(state.hidden, late.moved, 31)
     torch.testing.assert_close(method.reduce(7, state, 30).hidden, want)
+
+
+def test_page_rank_is_votes_handed_on():
+    graph = torch.rand(1, 2, 6, 6).softmax(-1)
+    want = []
+    for head in graph[0].double():
+        votes = [1.0] * 6
+        for _ in range(3):
+            votes = [sum(votes[i] * float(head[i, j]) for i in range(6)) for j in range(6)]
+        want.append(torch.tensor(votes) / torch.tensor(votes).mean())
+    heads = [w for w in want if 0.01 <= w.var(correction=0) <= 0.7] or want
+    joined = torch.stack(heads).square().mean(0).sqrt()
+    torch.testing.assert_close(page_rank(graph, 3)[0], joined.float())
+
+
+def test_zero_tprune_drops_copies_of_important_tokens():
+    """Of two equal halves, the one that is attended to less goes by likeness."""
+    state = state_for(8, b=1, cls=0)
+    k = state.attended().k.clone()
+    k[:, :, 4:] = k[:, :, :4]
+    q = torch.zeros_like(k)
+    bias = torch.tensor([[2.0] * 4 + [0.0] * 4])
+    state = dataclasses.replace(state, attention=TowerAttention(q, k, 1.0, bias=bias))
+    kept = make("zero_tprune", {"similar": 1.0}).reduce(3, state, 4)
+    assert kept.source.tolist() == [[0, 1, 2, 3]]
+
+
+def test_zero_tprune_options():
+    for rounds in ((1, 2), [1, 2, 3], 4):
+        with pytest.raises(ConfigTypeError, match="give three ints"):
+            ZeroTPrune(rounds=rounds)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 1"):
+        create("zero_tprune", rounds=(1, 0, 1))
+
+
+def test_shares_of_small_towers_stay_within_what_is_read():
+    assert create("evit").schedule(16, 4, 5, 3) == (16, 10, 6, 4)
+    with pytest.raises(ConfigError, match="layer 4"):
+        create("evit", layers=(4,)).schedule(16, 4, 5, 3)

@@ -372,6 +372,18 @@ def test_nan_is_refused():
 
 
 @torch.no_grad()
+def test_a_tower_that_does_not_run_is_noticed():
+    model = tiny.build("llava")
+    call = tiny.inputs(model, oracle.ONE)
+    tower = model.model.vision_tower
+    recorded = tower(call["pixel_values"], output_hidden_states=True)
+    with patch(model, "tome_tower", keep=0.4):
+        tower.forward = lambda *args, **kwargs: recorded
+        with pytest.raises(UnsupportedModelError, match="did not run"):
+            model(**call)
+
+
+@torch.no_grad()
 def test_cls_among_the_tokens_is_refused():
     model = tiny.build("llava")
     call = {**tiny.inputs(model, oracle.ONE), "vision_feature_select_strategy": "full"}

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
+from vlmcompress.core.errors import (
+    EvidenceError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
 from vlmcompress.families.base import Layout, Reduce
@@ -134,6 +138,11 @@ class Encoder:
         self._tower_began = self._watch.mark()
         with running(session):
             output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
+        if run is not None and not run.began:
+            raise UnsupportedModelError(
+                "The blocks of the vision tower did not run in this call (something answers in its "
+                "place), so no method inside the tower could act."
+            )
         if self._connector_began is None:
             self._watch.add("tower and connector", self._tower_began, self._watch.mark())
         else:

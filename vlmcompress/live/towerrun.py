@@ -47,9 +47,14 @@ class TowerRun:
         return self._state
 
     @property
+    def began(self) -> bool:
+        """Whether a block has run."""
+        return self._state is not None
+
+    @property
     def reduced(self) -> bool:
         """Whether fewer patches left the tower than came in."""
-        return self._state is not None and self.state.patches < self.n_full
+        return self.began and self.state.patches < self.n_full
 
     @property
     def n_full(self) -> int:

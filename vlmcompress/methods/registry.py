@@ -42,6 +42,7 @@ BUILTIN: dict[str, str] = {
     "mctf": "vlmcompress.methods.tower.mctf:MCTF",
     "ats": "vlmcompress.methods.tower.ats:ATS",
     "sta": "vlmcompress.methods.tower.sta:STA",
+    "zero_tprune": "vlmcompress.methods.tower.zero_tprune:ZeroTPrune",
 }
 
 

@@ -204,12 +204,15 @@ def layers_within(
 ) -> tuple[int, ...]:
     """Absolute, ascending layers; all up to `last` when none are named.
 
+    A share of depth that falls behind `last`, as in small towers it may, stands for `last`.
+
     Raises:
         ConfigError: for a layer after `last`.
     """
     if layers is None:
         return tuple(range(last + 1))
-    resolved = tuple(sorted({resolve_layer(layer, depth) for layer in layers}))
+    named = ((layer, resolve_layer(layer, depth)) for layer in layers)
+    resolved = tuple(sorted({min(i, last) if isinstance(n, float) else i for n, i in named}))
     if resolved[-1] > last:
         raise ConfigError(
             f"{method} is to reduce tokens in layer {resolved[-1]}, and what the model reads of "
