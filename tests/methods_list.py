@@ -24,3 +24,13 @@ CONNECTOR_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pitome", {"margin": 0.2}),
     ("cdpruner", {}),
 )
+
+TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("evit", {}),
+    ("tome_tower", {}),
+    ("pitome_tower", {"margin": 0.5}),
+    ("mctf", {}),
+    ("ats", {}),
+    ("sta", {}),
+    ("zero_tprune", {"rounds": (4, 2, 1)}),
+)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.methods_list import CONNECTOR_METHODS
+from tests.methods_list import CONNECTOR_METHODS, TOWER_METHODS
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import TokenCompressor, create, get, names, registry, table
@@ -18,10 +18,10 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def test_every_method_is_in_the_test_list():
-    listed = [name for name, _ in CONNECTOR_METHODS]
-    assert len(set(listed)) == len(listed)
-    connector = {name for name in registry.BUILTIN if get(name).stage == "connector"}
-    assert set(listed) == connector
+    for stage, methods in (("connector", CONNECTOR_METHODS), ("tower", TOWER_METHODS)):
+        listed = [name for name, _ in methods]
+        assert len(set(listed)) == len(listed)
+        assert set(listed) == {n for n in registry.BUILTIN if get(n).stage == stage}
 
 
 @pytest.mark.parametrize("name", registry.BUILTIN)

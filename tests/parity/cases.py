@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.parity import tower
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.methods import TokenCompressor, TokenPruner, create
 from vlmcompress.methods.base import AdaptiveCompressor, resolve_layer
@@ -217,7 +218,12 @@ def _cdpruner(inputs: Arrays) -> Arrays:
 
 
 def _tome(inputs: Arrays) -> Arrays:
-    """`metric` [B, N, C], `x` [B, N, D], `size` [B, N, 1], `r`, `class_token`, `r2`; or `k`."""
+    """`metric` [B, N, C], `x` [B, N, D], `size` [B, N, 1], `r`, `class_token`, `r2`; or `k`.
+
+    Or what a schedule is made of.
+    """
+    if "num_layers" in inputs:
+        return tower.tome_schedule(inputs)
     metric, x = torch.from_numpy(inputs["metric"]), torch.from_numpy(inputs["x"])
     if "k" in inputs:
         found = merging.last_of_each(metric, int(inputs["k"]))
@@ -330,4 +336,8 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "cdpruner": _cdpruner,
     "tome": _tome,
     "pitome": _pitome,
+    "evit": tower.evit,
+    "ats": tower.ats,
+    "mctf": tower.mctf,
+    "sta": tower.sta,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class CallRecord:
             was dropped.
         layers: tower layers whose attention was read.
         skipped_layers: tower layers that were not run because nobody reads them.
+        tower_patches: patches left after each tower layer; empty without a stage inside the tower.
         prefill_flops: analytic FLOPs of the language model's prefill, compressed; None if unknown.
         prefill_flops_before: the same without compression.
         kv_bytes: bytes of keys and values in the cache after prefill; None without a cache.
@@ -54,6 +56,7 @@ class CallRecord:
     token_index: Tensor | None = None
     layers: tuple[int, ...] = ()
     skipped_layers: int = 0
+    tower_patches: tuple[int, ...] = ()
     prefill_flops: int | None = None
     prefill_flops_before: int | None = None
     kv_bytes: int | None = None
@@ -89,6 +92,8 @@ class CallRecord:
             lines.append(f"tower layers read: {', '.join(map(str, self.layers))}")
         if self.skipped_layers:
             lines.append(f"tower layers skipped (nobody reads them): {self.skipped_layers}")
+        if self.tower_patches:
+            lines.append(f"patches after each tower layer: {_runs(self.tower_patches)}")
         if self.times:
             lines.append(
                 "time: " + ", ".join(f"{k} {v * 1000:.1f} ms" for k, v in self.times.items())
@@ -138,6 +143,12 @@ def _tokens(record: CallRecord) -> str:
         return f"{pairs[0][0]} -> {pairs[0][1]} tokens/image, {len(record.kept)} image(s)"
     before, after = sum(record.tokens_before), sum(record.tokens_after)
     return f"{before} -> {after} tokens over {len(record.kept)} images"
+
+
+def _runs(counts: tuple[int, ...]) -> str:
+    """Equal neighbours told once: `576 x6, 288 x17`."""
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    return ", ".join(f"{count} x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
 def _si(value: float) -> str:

@@ -8,5 +8,5 @@ FAMILY = Family(
     connector_path="visual_embeddings_table",
     connector_reads_states=False,
     merge=2,
-    own_tower=Tower(layers_path="transformer.encoder.layers", attention="attention"),
+    own_tower=Tower(layers_path="transformer.encoder.layers", attention="attention", norm=None),
 )

@@ -25,12 +25,14 @@ class QueriesKeys:
         k: [b, heads, n, head_dim].
         scale: factor on the logits.
         lengths: for towers that pack several images into one row (b = 1), tokens of each image.
+        bias: [b, n] added to the logits of every key; None for none.
     """
 
     q: Tensor
     k: Tensor
     scale: float
     lengths: tuple[int, ...] | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,20 @@ class Tower:
         layers_path: path from the tower module to its ModuleList of blocks.
         attention: name of the attention module in a block.
         has_cls: whether row 0 is a [CLS] token.
+        norm: name of the norm between a block's attention and its MLP; None for towers whose rows
+            cannot be reduced between blocks.
+        first_norm: name of the norm before the attention.
+        mlp: name of the MLP.
+        values: name of the projection to values.
     """
 
     layers_path: str = "encoder.layers"
     attention: str = "self_attn"
     has_cls: bool = False
+    norm: str | None = "layer_norm2"
+    first_norm: str = "layer_norm1"
+    mlp: str = "mlp"
+    values: str = "v_proj"
 
     #: projections whose outputs are read
     projections = ("q_proj", "k_proj")
@@ -62,11 +73,12 @@ class Tower:
         self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
     ) -> QueriesKeys:
         """Heads from projection outputs ([b, n, heads * head_dim])."""
-        q, k = (self._heads(outputs[name], attention) for name in self.projections)
+        q, k = (self.heads(outputs[name], attention) for name in self.projections)
         return QueriesKeys(q, k, _scale(attention))
 
     @staticmethod
-    def _heads(x: Tensor, attention: nn.Module) -> Tensor:
+    def heads(x: Tensor, attention: nn.Module) -> Tensor:
+        """[b, n, heads * head_dim] as [b, heads, n, head_dim]."""
         return x.unflatten(-1, (-1, int(attention.head_dim))).transpose(1, 2)  # type: ignore[arg-type]
 
 
@@ -80,6 +92,7 @@ class PackedTower(Tower):
 
     layers_path: str = "blocks"
     attention: str = "attn"
+    norm: str | None = None  # its blocks are told where each image ends
     fused: bool = True
 
     @property

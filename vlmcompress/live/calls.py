@@ -82,7 +82,7 @@ def prepare(model: Any, state: State, call: dict[str, Any], *, generating: bool)
     """Encode the images of `call` and cut everything that runs along its ids."""
     pipeline = state.settings.pipeline
     if not state.active:
-        pipeline = dataclasses.replace(pipeline, stages=())
+        pipeline = pipeline.switched_off()
     watch = Stopwatch(inputs.require_ids(call).device)
     encoded = encode(model, state, pipeline, call, watch)
     call = {name: value for name, value in call.items() if name != "question"}
@@ -170,6 +170,7 @@ class _Preparation:
             token_index=None if placement is None else placement.index,
             layers=encoded.evidence_layers,
             skipped_layers=encoded.skipped_layers,
+            tower_patches=encoded.tower_patches,
             prefill_flops=prefill_flops(text, short, batch),
             prefill_flops_before=prefill_flops(text, length, batch),
             clock=self.watch.seconds,

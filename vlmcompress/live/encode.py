@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
+from vlmcompress.core.errors import (
+    EvidenceError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
 from vlmcompress.families.base import Layout, Reduce
@@ -19,6 +23,7 @@ from vlmcompress.live.question import Asked
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
+from vlmcompress.live.towerrun import TowerRun
 from vlmcompress.methods.pipeline import Pipeline, Stage
 from vlmcompress.methods.stages import Group, Resolved, run_stages
 
@@ -40,6 +45,7 @@ class Encoded:
             untouched.
         evidence_layers: tower layers that were read.
         skipped_layers: tower layers that were not run.
+        tower_patches: patches left after each tower layer, where a stage inside it acted.
     """
 
     output: Any
@@ -49,6 +55,7 @@ class Encoded:
     assignments: tuple[Tensor | None, ...]
     evidence_layers: tuple[int, ...]
     skipped_layers: int
+    tower_patches: tuple[int, ...] = ()
 
     @property
     def compressed(self) -> bool:
@@ -121,7 +128,8 @@ class Encoder:
         session, wanted = self._session(arguments)
         before, after = self._pipeline.split()
         first: list[Group] = []
-        if before and self._family.connector(self._base) is not None:
+        run = session.run
+        if (before or run is not None) and self._family.connector(self._base) is not None:
             session.select = lambda x: self._select(x, before, session, arguments, first)
         else:
             before, after = (), self._pipeline.stages
@@ -130,6 +138,11 @@ class Encoder:
         self._tower_began = self._watch.mark()
         with running(session):
             output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
+        if run is not None and not run.began:
+            raise UnsupportedModelError(
+                "The blocks of the vision tower did not run in this call (something answers in its "
+                "place), so no method inside the tower could act."
+            )
         if self._connector_began is None:
             self._watch.add("tower and connector", self._tower_began, self._watch.mark())
         else:
@@ -142,7 +155,10 @@ class Encoder:
             if session.skip_after is None or self.depth is None
             else self.depth - 1 - session.skip_after
         )
-        return _collect(output, groups, wanted, skipped)
+        encoded = _collect(output, groups, wanted, skipped)
+        if run is None or not run.reduced:
+            return encoded
+        return dataclasses.replace(encoded, tower_patches=run.plan)
 
     def _session(self, arguments: Mapping[str, Any]) -> tuple[Session, tuple[int, ...]]:
         # That this tower has what the methods look at was checked when they were chosen.
@@ -161,11 +177,25 @@ class Encoder:
             last if last < len(self._layers) - 1 and may_skip(self._layers) else None,
             wide_layers=layers.wide_layers,
         )
+        if self._pipeline.tower is not None:
+            self._check_checkpointing()
+            depth = len(self._layers)
+            session.run = TowerRun(self._pipeline.tower, self._tower, depth, read)
         if needs.cls_features:
             session.state_layers = self._family.read_layers(
                 self._base, arguments, len(self._layers)
             )
         return session, tuple(sorted(layers.all()))
+
+    def _check_checkpointing(self) -> None:
+        """A checkpointed block is run again in backward, when the pass is over."""
+        assert self._layers is not None  # `check_tower` has seen to it
+        if torch.is_grad_enabled() and not may_skip(self._layers):
+            raise UnsupportedInputError(
+                "Gradient checkpointing of the vision tower runs its blocks a second time, which "
+                "cannot be followed by a method inside the tower; switch it off for the tower, or "
+                "compress between tower and LLM."
+            )
 
     @staticmethod
     def _see(x: Tensor, session: Session) -> Tensor:
@@ -183,12 +213,15 @@ class Encoder:
     ) -> Tensor:
         """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
         self._watch.add("tower", self._tower_began, self._watch.mark())
+        run = session.run if session.run is not None and session.run.reduced else None
+        if run is not None:
+            x = self._in_order(x, run)
         if self._asked is not None:
             self._see(x, session)
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
             out += run_stages(stages, groups, self.depth)
-            if _untouched(groups, out):
+            if run is None and _untouched(groups, out):
                 # Its strides choose the connector's kernel, and so the last bit in half precision.
                 self._connector_began = self._watch.mark()
                 return x
@@ -197,27 +230,48 @@ class Encoder:
         self._connector_began = self._watch.mark()
         return features
 
+    def _in_order(self, x: Tensor, run: TowerRun) -> Tensor:
+        """Rows that left a reduced tower ([b, k, d]), in the order of their places."""
+        order = run.order()
+        if x.shape[:2] != order.shape:
+            raise UnsupportedInputError(
+                f"The connector reads {x.shape[1]} rows per image and {order.shape[1]} patches "
+                "left the tower; a method inside the tower needs a connector that reads patches "
+                "alone."
+            )
+        if bool(x.isnan().any()):
+            raise UnsupportedInputError(
+                "The states of the vision tower hold NaN. Look at the pixels for NaN, and at the "
+                "model's dtype for overflow (float16 is too narrow for some towers; bfloat16 is "
+                "not)."
+            )
+        return torch.take_along_dim(x, order[..., None], 1)
+
     def _group(
         self, units: Sequence[Tensor], session: Session, arguments: Mapping[str, Any]
     ) -> list[Group]:
         """Images ([n_i, d] each) in groups of equal layouts, with their share of the evidence."""
-        lengths = [len(unit) for unit in units]
+        run = session.run if session.run is not None and session.run.reduced else None
+        lengths = [len(unit) if run is None else run.n_full for unit in units]
         layouts = self._family.layouts(self._base, arguments, lengths)
         owners: dict[tuple[int, Layout], list[int]] = {}
         for i, kind in enumerate(zip(lengths, layouts, strict=True)):
             owners.setdefault(kind, []).append(i)
-        return [
-            VisualTokens.from_features(
-                torch.stack([units[i] for i in owner]),
+        groups = []
+        for (n, layout), owner in owners.items():
+            features = torch.stack([units[i] for i in owner])
+            group = VisualTokens.from_features(
+                features if run is None else features.new_empty(len(owner), n, 0),
                 segments=layout.segments,
                 owner=torch.tensor(owner),
                 tile=None if layout.tile is None else torch.tensor(layout.tile),
-                evidence=self._with_text(
-                    self._evidence(session, arguments, owner, layout, n), session, owner, lengths
-                ),
             )
-            for (n, layout), owner in owners.items()
-        ]
+            if run is not None:
+                group = group.regroup(features, run.source()[owner], run.assignment()[owner])
+            evidence = self._evidence(session, arguments, owner, layout, group.n)
+            evidence = self._with_text(evidence, session, owner, lengths)
+            groups.append(dataclasses.replace(group, evidence=evidence))
+        return groups
 
     def _with_text(
         self, evidence: Evidence, session: Session, units: Sequence[int], lengths: Sequence[int]
@@ -238,20 +292,24 @@ class Encoder:
         layout: Layout,
         n: int,
     ) -> Evidence:
-        def by_token(values: Sequence[Tensor], reduce: Reduce) -> Tensor:
+        run = session.run
+
+        def by_token(layer: int, values: Sequence[Tensor], reduce: Reduce) -> Tensor:
+            if run is not None and run.reduced:
+                values = [run.followed(layer, value, reduce) for value in values]
             return self._family.by_token(self._base, arguments, values, units, layout, reduce)
 
         def rows(captured: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
-            return {layer: by_token(values, "sum") for layer, values in captured.items()}
+            return {layer: by_token(layer, values, "sum") for layer, values in captured.items()}
 
-        def keys(values: list[Tensor]) -> Tensor:
+        def keys(layer: int, values: list[Tensor]) -> Tensor:
             by_patch = [value.permute(0, 2, 3, 1) for value in values]
-            return by_token(by_patch, "mean").permute(0, 3, 1, 2)
+            return by_token(layer, by_patch, "mean").permute(0, 3, 1, 2)
 
         evidence = Evidence(
             rows(session.cls_rows),
             rows(session.received_rows),
-            {layer: keys(values) for layer, values in session.keys.items()},
+            {layer: keys(layer, values) for layer, values in session.keys.items()},
             wide_cls_attention=rows(session.wide_rows),
             cls_features=_cls_features(session, units),
         )

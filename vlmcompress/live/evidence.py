@@ -30,13 +30,18 @@ def cls_row(qk: QueriesKeys) -> Tensor:
     methods do.
     """
     logits = qk.q[:, :, :1].float() @ qk.k.float().transpose(-1, -2)
-    return (logits * qk.scale).softmax(-1)[:, :, 0, 1:]
+    return _biased(logits * qk.scale, qk).softmax(-1)[:, :, 0, 1:]
+
+
+def _biased(logits: Tensor, qk: QueriesKeys) -> Tensor:
+    """Logits ([b, heads, rows, n]) with what is added to every key's, if anything is."""
+    return logits if qk.bias is None else logits + qk.bias.float()[:, None, None]
 
 
 def wide(qk: QueriesKeys) -> QueriesKeys:
     """All heads as one head of full width, with the scale of that width."""
     q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (qk.q, qk.k))
-    return QueriesKeys(q, k, q.shape[-1] ** -0.5)
+    return QueriesKeys(q, k, q.shape[-1] ** -0.5, bias=qk.bias)
 
 
 def attention_received(qk: QueriesKeys, *, skip: int = 0) -> Tensor:
@@ -52,7 +57,7 @@ def attention_received(qk: QueriesKeys, *, skip: int = 0) -> Tensor:
     queries = qk.q[:, :, skip:]
     total = torch.zeros(*qk.k.shape[:3], dtype=torch.float32, device=qk.k.device)
     for block in queries.split(QUERY_BLOCK, dim=2):
-        weights = (block.float() @ keys).mul_(qk.scale).softmax(-1)
+        weights = _biased((block.float() @ keys).mul_(qk.scale), qk).softmax(-1)
         total += weights.sum(2)
     return total[:, :, skip:] / queries.shape[2]
 
@@ -68,7 +73,7 @@ def _per_image(qk: QueriesKeys) -> Iterator[QueriesKeys]:
 
 def _on_projection(layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
     session = current()
-    if session is not None and session.reads(layer):
+    if session is not None and session.reads(layer) and not session.idle:
         session.projections[layer, name] = output.detach()
 
 
@@ -76,7 +81,7 @@ def _on_attention(
     layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
 ) -> None:
     session = current()
-    if session is None or session.tower is None or not session.reads(layer):
+    if session is None or session.tower is None or not session.reads(layer) or session.idle:
         return
     with session.watch.span("evidence"), torch.no_grad():
         _capture(session, session.tower, layer, module, kwargs)
@@ -86,7 +91,11 @@ def _capture(
     session: Session, tower: Tower, layer: int, module: nn.Module, kwargs: dict[str, Any]
 ) -> None:
     outputs = {name: session.projections.pop((layer, name)) for name in tower.projections}
-    images = list(_per_image(tower.queries_keys(module, outputs, kwargs)))
+    qk = tower.queries_keys(module, outputs, kwargs)
+    if session.run is not None:
+        values = session.projections.pop((layer, tower.values), None)
+        qk = session.run.saw(layer, qk, None if values is None else tower.heads(values, module))
+    images = list(_per_image(qk))
     skip = int(tower.has_cls)
     if layer in session.cls_layers:
         session.cls_rows[layer] = [cls_row(image) for image in images]

@@ -12,7 +12,7 @@ from vlmcompress.core.errors import UnsupportedInputError, VLMCompressError
 from vlmcompress.core.report import CallRecord, Report
 from vlmcompress.live import calls, positions
 from vlmcompress.live.encode import CompressedEncoding, has_pixels
-from vlmcompress.live.install import check_evidence, outer_model, uninstall
+from vlmcompress.live.install import check_evidence, follow_tower, outer_model, uninstall
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods import pipeline
@@ -128,6 +128,7 @@ class Handle:
             state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
         )
         check_evidence(state.family, self._model.base_model, new, state.clip)
+        follow_tower(self._model, state, new)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self
 

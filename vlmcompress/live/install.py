@@ -20,6 +20,8 @@ from vlmcompress.live.clip import TextSource
 from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
+from vlmcompress.live.inside import check_tower
+from vlmcompress.live.reduction import ReductionHooks
 from vlmcompress.live.state import ATTRIBUTE, State
 from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
 from vlmcompress.methods.pipeline import Pipeline
@@ -60,6 +62,8 @@ def check_evidence(
 ) -> None:
     """Refuse at patch time what could only fail at the first image."""
     _check_order(family, built)
+    if built.tower is not None:
+        check_tower(family, base, built.tower)
     needs, tower = built.needs(), family.tower(base)
     if needs.text:
         _check_text(family, base, built, clip)
@@ -134,6 +138,7 @@ def _check_order(family: Family, built: Pipeline) -> None:
 
 def install(model: Any, state: State) -> None:
     """Put every hook on, and the one attribute."""
+    follow_tower(model, state, state.settings.pipeline)
     base, family = model.base_model, state.family
     tower = family.tower(base)
     if tower is not None:
@@ -151,6 +156,16 @@ def install(model: Any, state: State) -> None:
     forget_compiled(model)
 
 
+def follow_tower(model: Any, state: State, built: Pipeline) -> None:
+    """Put the hooks of a stage inside the tower on, if `built` has one and they are not there."""
+    tower = state.family.tower(model.base_model)
+    if built.tower is None or state.reduction is not None or tower is None:
+        return
+    layers = tower.layers(state.family.tower_module(model.base_model))
+    state.reduction = ReductionHooks(tower, layers)
+    forget_compiled(model)
+
+
 def uninstall(model: Any, state: State) -> None:
     """Inverse of `install`."""
     base, family = model.base_model, state.family
@@ -159,6 +174,8 @@ def uninstall(model: Any, state: State) -> None:
         undo_skippable(tower.layers(family.tower_module(base)))
     if state.evidence is not None:
         state.evidence.remove()
+    if state.reduction is not None:
+        state.reduction.remove()
     for handle in state.handles:
         handle.remove()
     _put_generate_back(model, state)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmcompress.families.towers import Tower
 from vlmcompress.live.timing import Stopwatch
+from vlmcompress.live.towerrun import TowerRun
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Session:
         state_layers: layers whose [CLS] output is wanted.
         cls_states: {layer: [b, d]} captured.
         connector_input: [b, n, d] what the connector was about to read, where text is wanted.
+        run: the stage inside the tower, if there is one.
     """
 
     watch: Stopwatch
@@ -58,9 +60,17 @@ class Session:
     state_layers: tuple[int, ...] = ()
     cls_states: dict[int, Tensor] = field(default_factory=dict)
     connector_input: Tensor | None = None
+    run: TowerRun | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no block's attention runs right now that evidence could be read from."""
+        return self.run is not None and self.run.half in ("ahead", "mlp")
 
     def reads(self, layer: int) -> bool:
         """Whether anything is wanted from `layer`."""
+        if self.run is not None and self.run.reads(layer):
+            return True
         wanted = (self.cls_layers, self.received_layers, self.key_layers, self.wide_layers)
         return any(layer in layers for layers in wanted)
 

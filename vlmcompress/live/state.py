@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from vlmcompress.families import Family
 from vlmcompress.live.clip import TextSource
 from vlmcompress.live.evidence import EvidenceHooks
+from vlmcompress.live.reduction import ReductionHooks
 from vlmcompress.methods.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class State:
         local: per-thread state.
         handles: hooks to take off.
         evidence: hooks on the tower, where its attention can be read.
+        reduction: hooks on the tower's blocks, where a stage inside it was ever asked for.
         calls: how many forwards and generates came with and without images.
         generate: a `generate` that others had set on the instance before; None where there was
             none.
@@ -90,6 +92,7 @@ class State:
     local: ThreadState = field(default_factory=ThreadState)
     handles: list[RemovableHandle] = field(default_factory=list)
     evidence: EvidenceHooks | None = None
+    reduction: ReductionHooks | None = None
     calls: Counter[str] = field(default_factory=Counter)
     generate: Callable[..., Any] | None = None
     clip: TextSource | None = None

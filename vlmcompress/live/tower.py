@@ -22,6 +22,14 @@ _PREVIOUS = "_vlmcompress_forward"
 _INDEX = "_vlmcompress_index"
 
 
+def own_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module did before: a forward set on the instance, or its class's."""
+    previous: Callable[..., Any] | None = self.__dict__.get(_PREVIOUS)
+    if previous is not None:
+        return previous(*args, **kwargs)
+    return type(self).forward(self, *args, **kwargs)
+
+
 def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     session = current()
     if (
@@ -30,11 +38,14 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
         and self.__dict__[_INDEX] > session.skip_after
     ):
         return hidden_states
-    previous: Callable[..., Any] | None = self.__dict__.get(_PREVIOUS)
-    if previous is not None:
-        output = previous(hidden_states, *args, **kwargs)
+
+    def forward(hidden: Tensor) -> Any:
+        return own_forward(self, hidden, *args, **kwargs)
+
+    if session is None or session.run is None:
+        output = forward(hidden_states)
     else:
-        output = type(self).forward(self, hidden_states, *args, **kwargs)
+        output = session.run.block(self.__dict__[_INDEX], self, forward, hidden_states)
     if session is not None and self.__dict__[_INDEX] in session.state_layers:
         session.cls_states[self.__dict__[_INDEX]] = output[:, 0]
     return output
@@ -43,10 +54,8 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
 def make_skippable(layers: nn.ModuleList) -> None:
     """Give every block the forward above."""
     for index, layer in enumerate(layers):
-        if "forward" in layer.__dict__:
-            layer.__dict__[_PREVIOUS] = layer.__dict__["forward"]
         layer.__dict__[_INDEX] = index
-        layer.__dict__["forward"] = types.MethodType(_skippable_forward, layer)
+        put_forward(layer, _skippable_forward)
 
 
 def undo_skippable(layers: nn.ModuleList) -> None:
@@ -56,11 +65,25 @@ def undo_skippable(layers: nn.ModuleList) -> None:
     does what the class does.
     """
     for layer in layers:
-        if getattr(layer.__dict__.get("forward"), "__func__", None) is not _skippable_forward:
-            continue
-        del layer.__dict__[_INDEX], layer.__dict__["forward"]
-        if _PREVIOUS in layer.__dict__:
-            layer.__dict__["forward"] = layer.__dict__.pop(_PREVIOUS)
+        if take_forward(layer, _skippable_forward):
+            del layer.__dict__[_INDEX]
+
+
+def put_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Set an instance-level forward, which finds the one before by `own_forward`."""
+    if "forward" in module.__dict__:
+        module.__dict__[_PREVIOUS] = module.__dict__["forward"]
+    module.__dict__["forward"] = types.MethodType(forward, module)
+
+
+def take_forward(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Inverse of `put_forward`; whether ours was still in its place."""
+    if getattr(module.__dict__.get("forward"), "__func__", None) is not forward:
+        return False
+    del module.__dict__["forward"]
+    if _PREVIOUS in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(_PREVIOUS)
+    return True
 
 
 def may_skip(layers: nn.ModuleList) -> bool:

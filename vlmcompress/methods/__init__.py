@@ -9,9 +9,9 @@ from vlmcompress.methods.base import (
     PromptCompressor,
     TokenCompressor,
     TokenPruner,
-    TowerReducer,
 )
 from vlmcompress.methods.registry import create, get, names
+from vlmcompress.methods.tower.base import TowerReducer
 
 __all__ = [
     "AttentionEditor",

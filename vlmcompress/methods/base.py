@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import EvidenceError
@@ -171,35 +171,6 @@ class AdaptiveCompressor(TokenCompressor):
 
 
 @dataclass(frozen=True)
-class TowerState:
-    """Tokens inside the tower between two blocks.
-
-    Attributes:
-        hidden: [b, n, d], [CLS] first where the tower has one.
-        mass: [b, n] patches each row stands for.
-        assignment: [b, n_full] row each patch went to, -1 where dropped.
-        cls_rows: how many leading rows are no patches.
-        attention: the layer module, for reducers that read its q, k or v.
-    """
-
-    hidden: Tensor
-    mass: Tensor
-    assignment: Tensor
-    cls_rows: int
-    attention: nn.Module
-
-
-class TowerReducer(Method):
-    """Inside the tower: reduces tokens between two blocks."""
-
-    stage: ClassVar[Stage] = "tower"
-
-    @abstractmethod
-    def reduce(self, layer: int, state: TowerState) -> TowerState:
-        """State handed to the block after `layer`."""
-
-
-@dataclass(frozen=True)
 class Site:
     """A place in the LLM: before layer `layer`, or between its attention and its MLP."""
 
@@ -339,8 +310,6 @@ __all__ = [
     "Site",
     "TokenCompressor",
     "TokenPruner",
-    "TowerReducer",
-    "TowerState",
     "check_count",
     "check_layers",
     "check_number",

@@ -18,6 +18,7 @@ from vlmcompress.methods.base import (
     TokenCompressor,
 )
 from vlmcompress.methods.parts import Partition
+from vlmcompress.methods.tower.base import TowerReducer
 
 #: Options that every connector stage has, beside those of its method.
 _PARTITION = tuple(f.name for f in dataclasses.fields(Partition))
@@ -43,16 +44,46 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """The connector stages of a configuration.
+class TowerStage:
+    """A method inside the tower with what it keeps.
 
     Attributes:
-        stages: applied in order.
+        method: ready to run.
+        keep: share or count of patches that leave the tower; None for a budget of its own.
+    """
+
+    method: TowerReducer
+    keep: float | int | None
+
+    @property
+    def template(self) -> TowerReducer:
+        """The method as configured."""
+        return self.method
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of a configuration.
+
+    Attributes:
+        stages: those between tower and LLM, applied in order.
         config: the configuration it was made from.
+        tower: the stage inside the tower, if there is one.
     """
 
     stages: tuple[Stage, ...]
     config: CompressionConfig
+    tower: TowerStage | None = None
+
+    @property
+    def templates(self) -> tuple[Method, ...]:
+        """The methods of `config.stages`, as configured."""
+        connector = tuple(stage.template for stage in self.stages)
+        return connector if self.tower is None else (self.tower.template, *connector)
+
+    def switched_off(self) -> Pipeline:
+        """The same configuration with no stage."""
+        return dataclasses.replace(self, stages=(), tower=None)
 
     def split(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """Stages that can run before the connector, and the rest."""
@@ -87,8 +118,8 @@ def build(
     Args:
         method: None, a name or spec string, a configured method, a `CompressionConfig`, or a list
             of these.
-        keep: for the connector stages that carry no budget of their own (with one stage: overrides
-            it).
+        keep: for the connector stages that carry no budget of their own, or for the stage in the
+            tower where there is no other (with one stage: overrides it).
         default: the method that stands for None.
         positions: `auto`, `original` or `contiguous`; a `CompressionConfig` brings its own.
         seed: likewise.
@@ -104,14 +135,12 @@ def build(
 def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any) -> Pipeline:
     """`now` with some things changed; None leaves them. One new method takes over one keep."""
     if method is None:
-        pairs: list[Pair] = [
-            (c, s.template) for c, s in zip(now.config.stages, now.stages, strict=True)
-        ]
+        pairs: list[Pair] = list(zip(now.config.stages, now.templates, strict=True))
     else:
         pairs = _parse(method, "")
         open_stages = [stage for stage, _ in pairs if stage.keep is None]
-        if keep is None and len(open_stages) == len(now.stages) == 1:
-            keep = now.stages[0].keep
+        if keep is None and len(open_stages) == len(now.config.stages) == 1:
+            keep = now.config.stages[0].keep
     source = method if isinstance(method, CompressionConfig) else now.config
     return _assemble(
         pairs,
@@ -122,18 +151,41 @@ def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any)
 
 
 def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pipeline:
-    stages = _with_keep([stage for stage, _ in pairs], keep)
+    stages = _with_keep(pairs, keep)
     config = CompressionConfig(stages, positions, seed)
-    return Pipeline(
-        tuple(_stage(c, method, seed) for c, (_, method) in zip(stages, pairs, strict=True)), config
-    )
+    methods = [method for _, method in pairs]
+    tower = None
+    if isinstance(methods[0], TowerReducer):
+        tower = _tower_stage(stages[0], methods[0])
+        stages, methods = stages[1:], methods[1:]
+    connector = (_stage(c, method, seed) for c, method in zip(stages, methods, strict=True))
+    return Pipeline(tuple(connector), config, tower)
+
+
+def _tower_stage(config: StageConfig, method: TowerReducer) -> TowerStage:
+    if isinstance(config.keep, AutoKeep):
+        raise ConfigError(
+            f"keep='auto' is decided from scores of a finished tower, and {method.name!r} acts "
+            "inside it; give a fraction or a count."
+        )
+    if method.own_budget and config.keep is not None:
+        raise ConfigError(
+            f"Stage {config.to_spec()!r} says twice how much stays: by its options and by keep; "
+            "give one of them."
+        )
+    return TowerStage(method, config.keep)
 
 
 def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
+    if isinstance(method, TowerReducer):
+        raise ConfigError(
+            f"Method {config.method!r} acts inside the tower, where one method at most can act; "
+            "name it once, and before those between tower and LLM."
+        )
     if not isinstance(method, TokenCompressor):
         raise ConfigError(
-            f"Method {config.method!r} acts in the {method.stage}; only methods between tower and "
-            "LLM (stage 'connector') can run so far."
+            f"Method {config.method!r} acts in the {method.stage}; only methods inside the tower "
+            "and between tower and LLM (stages 'tower' and 'connector') can run so far."
         )
     chosen = {name: config.options[name] for name in _PARTITION if name in config.options}
     partition = dataclasses.replace(method.partition, **chosen)
@@ -187,25 +239,42 @@ def _create(stage: StageConfig) -> Method:
     return registry.create(stage.method, **options)
 
 
-def _with_keep(stages: Sequence[StageConfig], keep: Any) -> tuple[StageConfig, ...]:
+def _with_keep(pairs: Sequence[Pair], keep: Any) -> tuple[StageConfig, ...]:
+    stages = tuple(stage for stage, _ in pairs)
     if keep is not None:
-        keep = parse_keep(keep)
-        open_stages = [s for s in stages if s.keep is None] or (
-            list(stages) if len(stages) == 1 else []
-        )
-        if not open_stages:
+        keep, wanted = parse_keep(keep), _meant_by_keep(pairs)
+        if not wanted:
             raise ConfigError(
                 f"keep={keep!r} was given, but every stage carries its own budget "
                 f"({' | '.join(s.to_spec() for s in stages)}); give it in one place."
             )
-        return tuple(dataclasses.replace(s, keep=keep) if s in open_stages else s for s in stages)
-    for stage in stages:
-        if stage.keep is None:
+        stages = tuple(
+            dataclasses.replace(stage, keep=keep) if i in wanted else stage
+            for i, stage in enumerate(stages)
+        )
+    for stage, (_, method) in zip(stages, pairs, strict=True):
+        if stage.keep is None and not _own_budget(method):
             raise ConfigError(
                 f"Method {stage.method!r} has no budget: pass keep=..., for example keep=0.1, or "
                 f"write '{stage.method}:0.1'."
             )
-    return tuple(stages)
+    return stages
+
+
+def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
+    """Stages that one `keep` is for: the connector's that have none, else the tower's."""
+    bare = {i for i, (s, m) in enumerate(pairs) if s.keep is None and not _own_budget(m)}
+    connector = {i for i, (_, m) in enumerate(pairs) if not isinstance(m, TowerReducer)}
+    if connector & bare:
+        return connector & bare
+    if bare and not connector:
+        return bare
+    # A single one is overridden, so that sweeps need not take the pipeline apart.
+    return connector if len(connector) == 1 else {0} if len(pairs) == 1 else set()
+
+
+def _own_budget(method: Method) -> bool:
+    return isinstance(method, TowerReducer) and method.own_budget
 
 
 def _seeded(method: TokenCompressor, seed: int) -> TokenCompressor:

@@ -36,6 +36,13 @@ BUILTIN: dict[str, str] = {
     "tome": "vlmcompress.methods.connector.tome:ToMe",
     "pitome": "vlmcompress.methods.connector.pitome:PiToMe",
     "cdpruner": "vlmcompress.methods.connector.cdpruner:CDPruner",
+    "evit": "vlmcompress.methods.tower.evit:EViT",
+    "tome_tower": "vlmcompress.methods.tower.tome:ToMeTower",
+    "pitome_tower": "vlmcompress.methods.tower.pitome:PiToMeTower",
+    "mctf": "vlmcompress.methods.tower.mctf:MCTF",
+    "ats": "vlmcompress.methods.tower.ats:ATS",
+    "sta": "vlmcompress.methods.tower.sta:STA",
+    "zero_tprune": "vlmcompress.methods.tower.zero_tprune:ZeroTPrune",
 }
 
 

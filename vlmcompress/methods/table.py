@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import Layer, Method, TokenCompressor
+from vlmcompress.methods.tower.base import TowerReducer
 
 COLUMNS = ("name", "stage", "looks at", "text-aware", "count", "training-free", "paper")
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
@@ -67,8 +68,14 @@ def _looks_at(method: Method) -> str:
         _layers("[CLS] attention of full width", needs.wide_cls_attention),
         "text" if needs.text else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
+        _in_blocks(method) if isinstance(method, TowerReducer) else "",
     ]
     return "; ".join(filter(None, parts)) or "places only"
+
+
+def _in_blocks(method: TowerReducer) -> str:
+    what = " and ".join(sorted(method.looks_at)) or "features"
+    return f"{what} of the blocks that reduce"
 
 
 def _layers(what: str, layers: tuple[Layer, ...]) -> str:

@@ -48,7 +48,7 @@ def bipartite(metric: Tensor, r: int, *, protected: bool = False) -> Matching:
         protected: whether row 0 ([CLS]) neither joins nor is reordered; rows that stay then keep
             their order.
     """
-    scores = _cosine(metric[:, ::2], metric[:, 1::2])
+    scores = cosine(metric[:, ::2], metric[:, 1::2])
     if protected:
         scores[:, 0] = -torch.inf
     partner = scores.argmax(2)
@@ -67,7 +67,7 @@ def energies(metric: Tensor, margin: float) -> Tensor:
 
     High where many similar rows crowd.
     """
-    return _energies(_cosine(metric, metric), margin)
+    return _energies(cosine(metric, metric), margin)
 
 
 def _energies(similar: Tensor, margin: float) -> Tensor:
@@ -87,7 +87,7 @@ def crowded(metric: Tensor, r: int, *, margin: float) -> Matching:
         r: rows to merge, at most n // 2.
         margin: of the energy.
     """
-    similar = _cosine(metric, metric)
+    similar = cosine(metric, metric)
     ranking = descending(_energies(similar, margin))
     mergeable, protected = ranking[:, : 2 * r], ranking[:, 2 * r :]
     source, joined = mergeable[:, ::2], mergeable[:, 1::2]
@@ -121,7 +121,7 @@ def last_of_each(metric: Tensor, k: int) -> Matching:
     rows = torch.arange(metric.shape[1], device=metric.device).view(-1, k)
     kept = rows[:, -1].expand(len(metric), -1)
     source = rows[:, :-1].flatten().expand(len(metric), -1)
-    partner = _cosine(_rows(metric, source), _rows(metric, kept)).argmax(2)
+    partner = cosine(_rows(metric, source), _rows(metric, kept)).argmax(2)
     return Matching.of(kept, source, kept.gather(1, partner))
 
 
@@ -155,6 +155,46 @@ def group_mean(values: Tensor, moved: Tensor, k: int, weights: Tensor | None = N
     share = torch.ones_like(moved, dtype=total.dtype) if weights is None else weights
     mass = group_sum(share[..., None], moved, k)
     return (total / torch.where(mass > 0, mass, 1)).to(values.dtype)
+
+
+def join(values: Tensor, found: Matching, weights: Tensor) -> Tensor:
+    """Weighted means of rows and those that join them: [b, k, d] in the dtype of `values`.
+
+    Equal to `group_mean`, at the price of the rows that move instead of all of them.
+
+    Args:
+        values: [b, n, d].
+        found: which rows stay and which join them; none are dropped.
+        weights: [b, n], positive.
+    """
+    k = found.kept.shape[1]
+    r = values.shape[1] - k
+    stays = torch.zeros_like(found.moved).scatter_(1, found.kept, 1)
+    joining = stays.argsort(dim=1, stable=True)[:, :r]
+    share = (weights / _totals(found, joining, weights).gather(1, found.moved)).to(torch.float32)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    kept = _rows(values, found.kept).to(wide) * share.gather(1, found.kept)[..., None]
+    added = _rows(values, joining).to(wide) * share.gather(1, joining)[..., None]
+    number = torch.arange(k, device=values.device)[:, None]
+    target = found.moved.gather(1, joining)
+    with torch.autocast(values.device.type, enabled=False):
+        sums = [(row == number).to(wide) @ rows for row, rows in zip(target, added, strict=True)]
+    return (kept + torch.stack(sums)).to(values.dtype)
+
+
+def _totals(found: Matching, joining: Tensor, weights: Tensor) -> Tensor:
+    """[b, k] sums of weights."""
+    total = weights.gather(1, found.kept).double()
+    more = weights.gather(1, joining).double()
+    return total.scatter_add(1, found.moved.gather(1, joining), more)
+
+
+def behind(found: Matching, rows: int) -> Matching:
+    """A matching of the rows after the first `rows`, with those in their places before it."""
+    if rows == 0:
+        return found
+    first = torch.arange(rows, device=found.kept.device).expand(len(found.kept), -1)
+    return Matching(*(torch.cat([first, x + rows], 1) for x in (found.kept, found.moved)))
 
 
 def regrouped(
@@ -220,7 +260,7 @@ def nearest(features: Tensor, rows: Tensor) -> Tensor:
     Each of `rows` is its own nearest, duplicates or not.
     """
     with torch.no_grad():
-        place = _cosine(features, _rows(features, rows)).argmax(2)
+        place = cosine(features, _rows(features, rows)).argmax(2)
     number = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     return place.scatter(1, rows, number)
 
@@ -230,7 +270,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(values, index[..., None], 1)
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosines [b, n, m] in float32; one product per unit, whatever its batch."""
     with torch.autocast(a.device.type, enabled=False):
         left, right = normalize(a.float(), dim=-1), normalize(b.float(), dim=-1)

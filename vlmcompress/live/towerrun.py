@@ -1,0 +1,198 @@
+"""One pass of a tower whose tokens are reduced between its blocks.
+
+Many methods act between a block's attention and its MLP. To get there with the block's own forward
+it runs twice: once until its second norm, where the rows are taken off and the MLP passed over, and
+once on the fewer rows with the attention passed over, adding nothing. No step is computed twice but
+the first norm, and none is rewritten here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlmcompress.families.towers import QueriesKeys, Tower
+from vlmcompress.methods.ops.merging import group_mean, group_sum
+from vlmcompress.methods.pipeline import TowerStage
+from vlmcompress.methods.tower.base import TowerAttention, TowerState
+
+
+class TowerRun:
+    """The state of one pass.
+
+    Attributes:
+        half: which half of a block runs, or that its queries and keys are computed ahead of it;
+            None where it runs whole.
+    """
+
+    def __init__(self, stage: TowerStage, tower: Tower, depth: int, last: int) -> None:
+        self._method, self._keep, self._tower = stage.method, stage.keep, tower
+        self._cls_rows, self._depth, self._last = int(tower.has_cls), depth, last
+        self._plan: tuple[int, ...] = ()
+        self._state: TowerState | None = None
+        self._layer = -1
+        self._held: Tensor | None = None
+        self._sources: dict[int, Tensor] = {}
+        self._plain_output = False
+        self.half: Literal["ahead", "attention", "mlp"] | None = None
+
+    @property
+    def state(self) -> TowerState:
+        """The tokens so far."""
+        assert self._state is not None  # the first block has run
+        return self._state
+
+    @property
+    def began(self) -> bool:
+        """Whether a block has run."""
+        return self._state is not None
+
+    @property
+    def reduced(self) -> bool:
+        """Whether fewer patches left the tower than came in."""
+        return self.began and self.state.patches < self.n_full
+
+    @property
+    def n_full(self) -> int:
+        """Patches that came in."""
+        return self.state.assignment.shape[1]
+
+    @property
+    def plan(self) -> tuple[int, ...]:
+        """Patches left after each layer."""
+        return self._plan
+
+    def reads(self, layer: int) -> bool:
+        """Whether the method looks at the attention of `layer`."""
+        return bool(self._method.reads) and self._acts(layer)
+
+    def reads_values(self, layer: int) -> bool:
+        """Whether it looks at its values."""
+        return "values" in self._method.reads and self._acts(layer)
+
+    def _acts(self, layer: int) -> bool:
+        return layer < len(self._plan) and self._plan[layer] < self.state.patches
+
+    def bias(self) -> Tensor | None:
+        """[b, n] log of the mass, where keys are weighed by it and there is any to tell."""
+        if not self._method.weighs_keys or not self.reduced:
+            return None
+        return self.state.mass.log()
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """The same as an attention mask, [b, 1, n, n] without memory of its own."""
+        bias = self.bias()
+        if bias is None:
+            return None
+        n = bias.shape[1]
+        return bias.to(dtype)[:, None, None].expand(-1, 1, n, n)
+
+    def block(
+        self, layer: int, module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
+        """The output of a block, its rows reduced where the method acts in it.
+
+        Args:
+            layer: index of the block.
+            module: the block.
+            forward: its own.
+            hidden: [b, n, d].
+        """
+        if self._state is None:
+            self._begin(hidden)
+        self._layer = layer
+        if not self._acts(layer):
+            return forward(hidden)
+        place, k = self._method.place, self._plan[layer]
+        if place == "before":
+            if self.reads(layer):
+                self._look_ahead(module, hidden)
+            return forward(self._reduce(hidden, k))
+        if place == "after":
+            return self._reduce(forward(hidden), k)
+        self.half = "attention"
+        forward(hidden)
+        assert self._held is not None  # the norm's hook saw to it
+        hidden, self._held = self._reduce(self._held, k), None
+        self.half = "mlp"
+        output = forward(hidden)
+        self.half = None
+        return output
+
+    @torch.no_grad()
+    def _look_ahead(self, module: nn.Module, hidden: Tensor) -> None:
+        """Queries and keys that a block is about to make, from its own norm and projections."""
+        self.half = "ahead"
+        tower = self._tower
+        attention = module.get_submodule(tower.attention)
+        normed = module.get_submodule(tower.first_norm)(hidden)
+        outputs = {name: attention.get_submodule(name)(normed) for name in tower.projections}
+        qk = tower.queries_keys(attention, outputs, {})
+        self.half = None
+        view = TowerAttention(qk.q, qk.k, qk.scale, bias=self.bias())
+        self._state = dataclasses.replace(self.state, attention=view)
+
+    def _begin(self, hidden: Tensor) -> None:
+        self._state = TowerState.whole(hidden, self._cls_rows, self._depth)
+        n = self.state.patches
+        if self._keep is not None and self._method.tokens_kept(n, self._keep) >= n:
+            return
+        self._plan = self._method.schedule(n, self._keep, self._depth, self._last)
+
+    def _reduce(self, hidden: Tensor, k: int) -> Tensor:
+        state = dataclasses.replace(self.state, hidden=hidden)
+        short = self._method.reduce(self._layer, state, k)
+        # The rows are the next block's business; keeping them here would keep them alive.
+        self._state = dataclasses.replace(short, hidden=hidden[:, :0].detach(), attention=None)
+        return short.hidden
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        """Take the rows off at the second norm; one goes on, so that shapes fit."""
+        self._held = hidden
+        return hidden[:, :1]
+
+    def passed_over(self, name: str, given: Tensor) -> Any:
+        """What an attention or MLP that is passed over gives: nothing to add."""
+        nothing = torch.zeros_like(given[:, :1])
+        return nothing if name == "mlp" or self._plain_output else (nothing, None)
+
+    def output(self, output: Any) -> Any:
+        """Remember in which shape an attention answers."""
+        self._plain_output = isinstance(output, Tensor)
+        return output
+
+    def saw(self, layer: int, qk: QueriesKeys, values: Tensor | None) -> QueriesKeys:
+        """A block's queries and keys, for the method and for later evidence."""
+        bias = self.bias()
+        if self.reads(layer):
+            attention = TowerAttention(qk.q, qk.k, qk.scale, values, bias)
+            self._state = dataclasses.replace(self.state, attention=attention)
+        self._sources[layer] = self.state.source
+        return dataclasses.replace(qk, bias=bias)
+
+    def order(self) -> Tensor:
+        """[b, k] final patch rows in the order of their places in the image."""
+        return self.state.source[:, self._cls_rows :].argsort(1)
+
+    def source(self) -> Tensor:
+        """[b, k] patch that represents each row, in the order of places."""
+        return self.state.source[:, self._cls_rows :].sort(1).values
+
+    def assignment(self) -> Tensor:
+        """[b, n_full] row each patch went to, -1 where dropped, rows in the order of places."""
+        number = self.order().argsort(1)
+        row = self.state.assignment - self._cls_rows
+        return torch.where(row < 0, -1, number.gather(1, row.clamp(min=0)))
+
+    def followed(self, layer: int, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+        """Evidence of `layer` ([b, heads, n_layer], patches only) as that of the final rows."""
+        source = self._sources[layer][:, self._cls_rows :]
+        moved = self.assignment().gather(1, source)
+        fold = group_sum if how == "sum" else group_mean
+        flat = values.flatten(1, -2).transpose(1, 2)
+        folded = fold(flat, moved, self.state.patches).transpose(1, 2)
+        return folded.unflatten(1, values.shape[1:-1]).to(values.dtype)

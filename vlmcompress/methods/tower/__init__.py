@@ -1,0 +1,1 @@
+"""Methods inside the vision tower: tokens are dropped or merged between its blocks."""
