@@ -124,6 +124,48 @@ def test_generate_without_compression(run, picture):
     assert found["keep"] is None
 
 
+@pytest.fixture(scope="module")
+def clip(folder, tmp_path_factory):
+    """A folder with a CLIP model of random weights, as wide as the reference model's tower."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    from vlmcompress.reference.model import Shape
+
+    where = tmp_path_factory.mktemp("clip")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = tokenizer.eos_token  # every part of a question begins with one
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"hidden_size": 16, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    vision = {"hidden_size": Shape().width, "image_size": 28, "patch_size": 14}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        text_config={**small, **text, **ids}, vision_config={**small, **vision}, projection_dim=8
+    )
+    CLIPModel(config).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.mark.parametrize("source", ["reference", "folder"])
+def test_generate_with_a_method_that_reads_the_question(run, picture, clip, source):
+    asked = ("generate", "--image", picture, "--prompt", "Is there a red circle?")
+    options = ("--method", "cdpruner", "--keep", 20, "--max-new-tokens", 2, "--device", "cpu")
+    where = clip if source == "folder" else source
+    found = json.loads(run(*asked, *options, "--clip", where, "--json").stdout)
+    assert found["method"] == "cdpruner:20"
+    assert found["tokens_after"] == [20]
+
+
+def test_generate_says_what_a_text_aware_method_lacks(run, picture, folder, tmp_path):
+    asked = ("generate", "--image", picture, "--prompt", "Is there a red circle?")
+    options = ("--method", "cdpruner", "--keep", 20, "--device", "cpu")
+    assert "clip=" in run(*asked, *options, code=1).stderr
+    none, other = tmp_path / "none", folder
+    assert str(none) in run(*asked, *options, "--clip", none, code=1).stderr
+    assert "that of a CLIP model is 'clip'" in run(*asked, *options, "--clip", other, code=1).stderr
+    run(*asked, "--keep", 20, "--clip", "reference", code=2)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

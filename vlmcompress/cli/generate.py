@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmcompress.cli.output import Json, emit
-from vlmcompress.cli.values import REFERENCE, keep_of, load
+from vlmcompress.cli.values import REFERENCE, clip_of, keep_of, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +27,13 @@ def generate(
         str | None,
         typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
     ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="For methods that read the question: the CLIP model whose vision tower this is, "
+            "a folder, a hub id or 'reference'."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
@@ -42,6 +49,8 @@ def generate(
     budget = None if keep is None else keep_of(keep)
     if overlay is not None and method is None and budget is None:
         raise typer.BadParameter("An overlay needs --method or --keep.", param_hint="--overlay")
+    if clip is not None and method is None:
+        raise typer.BadParameter("A CLIP model needs --method.", param_hint="--clip")
     loaded, processor = load(model, dtype, device)
     results: dict[str, Any] = {"model": model, "method": None, "keep": None}
     if method is None and budget is None:
@@ -50,7 +59,8 @@ def generate(
         return
     from vlmcompress import patch
 
-    with patch(loaded, method, keep=budget, processor=processor) as handle:
+    text = None if clip is None else clip_of(clip, loaded.device)
+    with patch(loaded, method, keep=budget, processor=processor, clip=text) as handle:
         answer = _ask(loaded, processor, picture, prompt, max_new_tokens)
         results |= {"keep": budget, "answer": answer, **_facts(handle)}
         if overlay is not None:

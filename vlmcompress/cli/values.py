@@ -121,6 +121,36 @@ def load(model: str, dtype: str = "float32", device: str = "auto") -> tuple[Any,
     return loaded.to(target).eval(), processor
 
 
+def clip_of(name: str, device: torch.device) -> Any:
+    """What `patch(clip=...)` takes: a CLIP model with its tokenizer, or the reference's text head.
+
+    Args:
+        name: a folder, a hub id or `reference`.
+        device: where it goes.
+
+    Raises:
+        UnsupportedModelError: when there is no CLIP model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+    try:
+        if name == REFERENCE:
+            from vlmcompress.reference.weights import load_text_head
+
+            with _quiet():
+                return load_text_head().to(device)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "clip":
+            raise ValueError(f"its model_type is {kind!r}; that of a CLIP model is 'clip'.")
+        model: Any = CLIPModel.from_pretrained(name)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be loaded as a CLIP model: {error}"
+        ) from error
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the loaders' bars: the small model is there in a moment."""
