@@ -79,8 +79,6 @@ def test_selection_after_a_merge_drops_whole_groups():
         index=torch.tensor([[0, 2, 5]]),
         mass=torch.tensor([[2.0, 3.0, 1.0]]),
         segments=(Segment("image", (1, 2, 3), slice(0, 6)),),
-        structural=torch.zeros(6, dtype=torch.bool),
-        tile=torch.zeros(6, dtype=torch.long),
         owner=torch.tensor([0]),
         assignment=torch.tensor([[0, 0, 1, 1, 1, 2]]),
     )

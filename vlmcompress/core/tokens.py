@@ -116,10 +116,9 @@ class VisualTokens:
         index: [b, n] row in the uncompressed unit (of the representative, for merged tokens).
         mass: [b, n] how many uncompressed tokens each row stands for; pruning leaves 1.
         segments: the rectangles of the *uncompressed* unit.
-        structural: [n_full] bool, rows that are newlines or markers.
-        tile: [n_full] int64, which view of the image each row shows: 0 for the whole image, 1 and
-            on for the tiles of one that was cut up, -1 for structural rows.
         owner: [b] index of the image in the call, on the CPU.
+        tile: [n_full] int64, which view of the image each row shows: 0 for the whole image, 1 and
+            on for the tiles of one that was cut up, -1 for structural rows; None for a single view.
         assignment: [b, n_full] row each uncompressed token went to, -1 where dropped; None while
             untouched.
         evidence: what methods asked for.
@@ -129,9 +128,8 @@ class VisualTokens:
     index: Tensor
     mass: Tensor
     segments: tuple[Segment, ...]
-    structural: Tensor
-    tile: Tensor
     owner: Tensor
+    tile: Tensor | None = None
     assignment: Tensor | None = None
     evidence: Evidence = field(default_factory=Evidence)
 
@@ -151,21 +149,18 @@ class VisualTokens:
             features: [b, n, d].
             segments: rectangles; one row of n tokens when not given.
             owner: [b]; 0..b-1 when not given.
-            tile: [n] int64; all 0 when not given. Rows below 0 are structural.
+            tile: [n] int64; a single view when not given.
             evidence: what was captured for these units.
         """
         b, n, _ = features.shape
         device = features.device
-        tile = torch.zeros(n, dtype=torch.long) if tile is None else tile
-        tile = tile.to(device)
         return cls(
             features=features,
             index=torch.arange(n, device=device).expand(b, n),
             mass=torch.ones(b, n, device=device, dtype=torch.float32),
             segments=segments or (Segment("image", (1, 1, n), slice(0, n)),),
-            structural=tile < 0,
-            tile=tile,
             owner=torch.arange(b) if owner is None else owner,
+            tile=None if tile is None else tile.to(device),
             evidence=evidence or Evidence(),
         )
 
@@ -177,7 +172,14 @@ class VisualTokens:
     @property
     def n_full(self) -> int:
         """Tokens per unit before any compression."""
-        return self.structural.shape[0]
+        return self.n if self.assignment is None else self.assignment.shape[1]
+
+    @property
+    def structural(self) -> Tensor:
+        """[n_full] bool, rows that are newlines or markers."""
+        if self.tile is None:
+            return torch.zeros(self.n_full, dtype=torch.bool, device=self.features.device)
+        return self.tile < 0
 
     @property
     def current_segments(self) -> tuple[Segment, ...]:
@@ -204,9 +206,7 @@ class VisualTokens:
         Args:
             index: [b, k] int64 rows of the current sequence, unique within a unit.
         """
-        number = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        moved = index.new_full((len(index), self.n), -1).scatter_(1, index, number)
-        return self.regroup(_gather(self.features, index), index, moved)
+        return self.regroup(_gather(self.features, index), index, moved_to(index, self.n))
 
     def regroup(self, features: Tensor, source: Tensor, moved: Tensor) -> VisualTokens:
         """New rows made of the current ones.
@@ -216,23 +216,40 @@ class VisualTokens:
             source: [b, k] int64 current row that represents each new one.
             moved: [b, n] int64 new row that each current one became part of, -1 where dropped.
         """
-        kept = moved >= 0
-        mass = self.mass.new_zeros(source.shape)
-        mass = mass.scatter_add_(1, moved.clamp(min=0), self.mass * kept)
-        if self.assignment is None:
-            assignment = moved  # so far, rows are the uncompressed tokens
-        else:
-            beyond = torch.cat([moved, moved.new_full((len(moved), 1), -1)], dim=1)
-            old = torch.where(self.assignment < 0, self.n, self.assignment)
-            assignment = beyond.gather(1, old)
+        # At first, rows are the uncompressed tokens.
+        assignment = moved if self.assignment is None else follow(self.assignment, moved)
         return dataclasses.replace(
             self,
             features=features,
             index=self.index.gather(1, source),
-            mass=mass,
+            mass=joined_mass(self.mass, moved, source.shape[1]),
             assignment=assignment,
             evidence=self.evidence.select(source),
         )
+
+
+def moved_to(index: Tensor, n: int, others: int = -1) -> Tensor:
+    """Where each of n rows goes when those at `index` ([b, k]) are kept: [b, n], or `others`."""
+    number = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    return index.new_full((len(index), n), others).scatter_(1, index, number)
+
+
+def joined_mass(mass: Tensor, moved: Tensor, k: int) -> Tensor:
+    """[b, k] masses of new rows from those ([b, n]) of the rows that became part of them.
+
+    Args:
+        mass: [b, n].
+        moved: [b, n] new row of each, -1 where dropped.
+        k: new rows.
+    """
+    total = mass.new_zeros(len(mass), k)
+    return total.scatter_add_(1, moved.clamp(min=0), mass * (moved >= 0))
+
+
+def follow(assignment: Tensor, moved: Tensor) -> Tensor:
+    """An assignment ([b, n_full] rows, -1 where dropped) after its rows have moved ([b, n])."""
+    beyond = torch.cat([moved, moved.new_full((len(moved), 1), -1)], dim=1)
+    return beyond.gather(1, torch.where(assignment < 0, moved.shape[1], assignment))
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ class Partition:
         if self.scope == "image":
             everything = torch.ones_like(tile, dtype=torch.bool)
             return [(everything if self.newlines == "candidates" else tile >= 0).nonzero()[:, 0]]
-        views = sorted(set(tile.tolist()) - {-1})
-        return [(tile == view).nonzero()[:, 0] for view in views]
+        return [(tile == view).nonzero()[:, 0] for view in range(int(tile.max()) + 1)]
 
     def left_over(self, tile: Tensor) -> Tensor:
         """Rows that stay whatever the method does."""
@@ -68,7 +67,7 @@ class Partition:
 
 def in_parts(group: VisualTokens) -> bool:
     """Whether a group's images were cut into tiles or hold newlines."""
-    return bool((group.tile != 0).any())
+    return group.tile is not None
 
 
 def run_in_parts(
@@ -89,14 +88,10 @@ def run_in_parts(
     Returns:
         Groups of equal length.
     """
-    patterns: dict[tuple[int, ...], list[int]] = {}
-    for i, pattern in enumerate(group.tile[group.index].tolist()):
-        patterns.setdefault(tuple(pattern), []).append(i)
     out = []
-    for pattern, units in patterns.items():
-        images, tile = group.take_units(torch.tensor(units)), group.tile.new_tensor(pattern)
+    for images, tile in _alike(group):
         columns = [c for c in partition.columns(tile) if len(c)]
-        parts = [_part(images, c) for c in columns]
+        parts = [_part(images, tile, c) for c in columns]
         if all(spares(part) for part in parts):
             out.append(images)
             continue
@@ -105,7 +100,21 @@ def run_in_parts(
     return out
 
 
-def _part(images: VisualTokens, columns: Tensor) -> VisualTokens:
+def _alike(group: VisualTokens) -> list[tuple[VisualTokens, Tensor]]:
+    """Images whose rows show the same views, and which those are ([n])."""
+    assert group.tile is not None  # `in_parts` has seen to it
+    if group.assignment is None:
+        return [(group, group.tile)]
+    patterns: dict[tuple[int, ...], list[int]] = {}
+    for i, pattern in enumerate(group.tile[group.index].tolist()):
+        patterns.setdefault(tuple(pattern), []).append(i)
+    return [
+        (group.take_units(torch.tensor(units)), group.tile.new_tensor(pattern))
+        for pattern, units in patterns.items()
+    ]
+
+
+def _part(images: VisualTokens, tile: Tensor, columns: Tensor) -> VisualTokens:
     """Some rows of every image, as images of their own."""
     rows = columns.expand(len(images.features), -1)
     return dataclasses.replace(
@@ -113,16 +122,15 @@ def _part(images: VisualTokens, columns: Tensor) -> VisualTokens:
             images.features[:, columns],
             segments=_rectangle(images, columns),
             owner=images.owner,
-            tile=_views_of(images, columns),
+            tile=_views(tile[columns]),
             evidence=images.evidence.select(rows),
         ),
         mass=images.mass[:, columns],
     )
 
 
-def _views_of(images: VisualTokens, columns: Tensor) -> Tensor | None:
-    """Which view each row of a part shows; None for a single view, which is an image of its own."""
-    tile = images.tile[images.index[0, columns]]
+def _views(tile: Tensor) -> Tensor | None:
+    """Which view each row of a part shows; None for a single one, which is an image of its own."""
     return tile if bool((tile != tile[0]).any()) else None
 
 

@@ -26,6 +26,11 @@ from vlmcompress.methods.pipeline import Stage
 
 Group: TypeAlias = VisualTokens
 
+NAN_REMEDY = (
+    "Look at the pixels for NaN, and at the model's dtype for overflow (float16 is too narrow for "
+    "some towers; bfloat16 is not)."
+)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -133,13 +138,15 @@ def _refuse_nan(method: TokenCompressor, view: Group) -> None:
         "keys": [*evidence.keys.values()],
         "features": [] if method.reads == "none" else [view.features],
     }
-    for what, values in looked_at.items():
-        if any(bool(value.isnan().any()) for value in values):
-            raise UnsupportedInputError(
-                f"{method.name} cannot choose tokens: the vision tower's {what} hold NaN. Look at "
-                "the pixels for NaN, and at the model's dtype for overflow (float16 is too narrow "
-                "for some towers; bfloat16 is not)."
-            )
+    spoilt = {
+        what: torch.stack([v.isnan().any() for v in vs]) for what, vs in looked_at.items() if vs
+    }
+    if not spoilt or not bool(torch.cat(list(spoilt.values())).any()):  # one wait for the device
+        return
+    what = next(what for what, found in spoilt.items() if bool(found.any()))
+    raise UnsupportedInputError(
+        f"{method.name} cannot choose tokens: the vision tower's {what} hold NaN. {NAN_REMEDY}"
+    )
 
 
 def _counts(stage: Stage, group: Group) -> list[int]:

@@ -82,8 +82,8 @@ class HiRED(TokenPruner):
 
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
         """Keep the best patches of each view, as many as its share of the budget allows."""
-        tile = tokens.tile[tokens.index[0]]
-        if int(tile.max()) == 0:
+        tile = None if tokens.tile is None else tokens.tile[tokens.index[0]]
+        if tile is None or int(tile.max()) == 0:
             return super().compress(tokens, keep)
         sums, total = self._rows(tokens), self.budget(tokens, keep)
         rows = []
