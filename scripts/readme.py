@@ -16,7 +16,7 @@ from typing import Any
 from eval_harness.plots import plot_learning
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
-from vlmcompress.reference.card import card, report
+from vlmcompress.reference.card import card, markdown, report
 from vlmcompress.reference.curve import TRAINING_LOG
 from vlmcompress.reference.study import stored
 from vlmcompress.reference.weights import WEIGHTS_DIR
@@ -38,12 +38,6 @@ def insert(document: str, region: str, content: str) -> str:
     if not (found and closed):
         raise ValueError(f"The document needs the markers {begin} and {end}.")
     return f"{head}{begin}\n{content}\n{end}{tail}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def accuracy_region(results: dict[str, Any]) -> str:

@@ -29,12 +29,7 @@ from vlmcompress.reference.worker import Job, Worker
 EXACT = {**SMALL, "steps": 12, "processes": 1, "precision": "float32", "pulse": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _train_in_a_group(folder):

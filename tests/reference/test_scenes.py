@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from tests.reference.blind import at_chance, halves
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.reference import KINDS, samples
 from vlmcompress.reference.questions import ANSWERS, ask
@@ -137,16 +138,10 @@ def test_counts_are_true(drawn):
 @pytest.mark.parametrize("kind", KINDS)
 def test_blind_answerer_is_at_chance(kind):
     """Majority by question text, learnt on one half, is at chance on the other half."""
-    questions = []
-    rng = np.random.default_rng(3)
-    for i in range(3000):
-        question = ask(scene("train", i), kind, rng)
-        if question is not None:
-            questions.append((question.text, question.answer))
-    half = len(questions) // 2
+    learnt, asked = halves(scene, ask, kind, 3000)
     seen: dict[str, Counter] = defaultdict(Counter)
     overall: Counter = Counter()
-    for text, answer in questions[:half]:
+    for text, answer in learnt:
         seen[text][answer] += 1
         overall[answer] += 1
 
@@ -156,8 +151,6 @@ def test_blind_answerer_is_at_chance(kind):
             return max(words, key=overall.__getitem__)
         return (seen[text] or overall).most_common(1)[0][0]
 
-    right = np.mean([guess(text) == answer for text, answer in questions[half:]])
+    right = np.mean([guess(text) == answer for text, answer in asked])
     options = 2 if kind == "relation" else len(ANSWERS[kind])
-    chance = 1 / options
-    error = np.sqrt(chance * (1 - chance) / (len(questions) - half))
-    assert abs(right - chance) < 4 * error
+    assert at_chance(right, 1 / options, len(asked))

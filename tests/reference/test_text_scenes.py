@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from tests.reference.blind import at_chance, halves
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.reference import TEXT_KINDS, samples
 from vlmcompress.reference.batches import Encoder, make_batch
@@ -109,21 +110,12 @@ def test_samples_come_in_equal_numbers():
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_blind_answerer_is_at_chance(kind):
     """Majority by question text, learnt on one half, is at chance on the other half."""
-    questions = []
-    rng = np.random.default_rng(3)
-    for i in range(4000):
-        question = ask_text(text_scene("train", i), kind, rng)
-        if question is not None:
-            questions.append((question.text, question.answer))
-    half = len(questions) // 2
+    learnt, asked = halves(text_scene, ask_text, kind, 4000)
     seen: dict[str, Counter] = defaultdict(Counter)
-    for text, answer in questions[:half]:
+    for text, answer in learnt:
         seen[text][answer] += 1
-    right = np.mean([seen[t].most_common(1)[0][0] == a for t, a in questions[half:]])
-    expected = chance(kind)
-    error = np.sqrt(expected * (1 - expected) / (len(questions) - half))
-
-    assert abs(right - expected) < 4 * error
+    right = np.mean([seen[text].most_common(1)[0][0] == answer for text, answer in asked])
+    assert at_chance(right, chance(kind), len(asked))
 
 
 def test_labels_name_the_character_under_each_patch(drawn):

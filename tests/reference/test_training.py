@@ -46,13 +46,7 @@ SMALL = {
 EVEN = np.ones(len(ALL_KINDS))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _check_logs(folder):

@@ -276,6 +276,13 @@ def _paint(rng: np.random.Generator, stamp: Stamp, colour: str) -> np.ndarray:
     return paint
 
 
+def stamped(pair: tuple[str, str], cut: Stamp, asked: bool) -> Item:
+    """The object of a colour and a shape that a stamp cuts out."""
+    left, top, size = cut.box
+    x, y = left + size / 2, top + size / 2
+    return Item(*pair, cut.glyph, size, x, y, asked, cut.shares)
+
+
 def paint_stamps(
     rng: np.random.Generator, canvas: np.ndarray, stamps: tuple[Stamp, ...], colours: list[str]
 ) -> None:
@@ -308,9 +315,8 @@ def scene(split: Split | str, index: int) -> Scene:
     pairs, counted = _attributes(rng)  # before the places, so that no rejection tilts the answers
     spare = _salient_only(rng, len(pairs))
     stamps = _stamps(rng, [shape for _, shape in pairs])
-    items = []
-    for i, (pair, stamp) in enumerate(zip(pairs, stamps, strict=True)):
-        left, top, size = stamp.box
-        x, y = left + size / 2, top + size / 2
-        items.append(Item(*pair, stamp.glyph, size, x, y, i not in spare, stamp.shares))
+    items = [
+        stamped(pair, cut, i not in spare)
+        for i, (pair, cut) in enumerate(zip(pairs, stamps, strict=True))
+    ]
     return Scene(seed, tuple(items), counted, stamps)

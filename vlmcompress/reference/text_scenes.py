@@ -23,6 +23,7 @@ from .scenes import (
     paint_stamps,
     patch_shares,
     stamp,
+    stamped,
     surface,
 )
 from .sprites import DIGITS, SHAPES, letter
@@ -200,13 +201,12 @@ def text_scene(split: Split | str, index: int) -> TextScene:
         corners = _places(rng, sizes + [(size, size) for size in bystanders])
     strips = _strips(words, rows, colours, corners)
     items = [item for strip in strips for item in _characters(strip)]
-    stamps = []
-    for (colour, shape), (left, top), size in zip(
-        pairs, corners[len(sizes) :], bystanders, strict=True
-    ):
-        cut = stamp(rng, (left, top, size), shape)
-        stamps.append(cut)
-        x, y = left + size / 2, top + size / 2
-        items.append(Item(colour, shape, None, size, x, y, False, cut.shares))
+    stamps = [
+        stamp(rng, (left, top, size), shape)
+        for (_, shape), (left, top), size in zip(
+            pairs, corners[len(sizes) :], bystanders, strict=True
+        )
+    ]
+    items += [stamped(pair, cut, False) for pair, cut in zip(pairs, stamps, strict=True)]
     signs, table = tuple(strips[: len(words)]), tuple(strips[len(words) :])
     return TextScene(_FIRST_ID + seed, tuple(items), signs, table, tuple(stamps))
