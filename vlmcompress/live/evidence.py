@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlmcompress.families.towers import QueriesKeys, Tower
+from vlmcompress.families.towers import INPUT, QueriesKeys, Tower
 from vlmcompress.live.session import Session, current
 
 #: Rows of the attention matrix held at once while attention received is averaged over queries.
@@ -84,17 +84,22 @@ def _on_attention(
     if session is None or session.tower is None or not session.reads(layer) or session.idle:
         return
     with session.watch.span("evidence"), torch.no_grad():
-        _capture(session, session.tower, layer, module, kwargs)
+        _capture(session, session.tower, layer, module, args, kwargs)
 
 
 def _capture(
-    session: Session, tower: Tower, layer: int, module: nn.Module, kwargs: dict[str, Any]
+    session: Session, tower: Tower, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
     outputs = {name: session.projections.pop((layer, name)) for name in tower.projections}
+    if not tower.projections:
+        outputs[INPUT] = args[0].detach()
     qk = tower.queries_keys(module, outputs, kwargs)
     if session.run is not None:
         values = session.projections.pop((layer, tower.values), None)
-        qk = session.run.saw(layer, qk, None if values is None else tower.heads(values, module))
+        if values is not None:
+            outputs[tower.values] = values
+        reads = session.run.reads_values(layer)
+        qk = session.run.saw(layer, qk, tower.value_heads(module, outputs) if reads else None)
     images = list(_per_image(qk))
     skip = int(tower.has_cls)
     if layer in session.cls_layers:
