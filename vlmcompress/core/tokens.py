@@ -56,9 +56,11 @@ class Evidence:
             of full width.
         cls_features: [b, d] what the connector would read of [CLS].
         patches: [b, n, e] embeddings of the tokens in the space of `text`.
+        norms: [b, n] length of the tower's state that the connector reads.
+        outliers: [b, n] bool, tokens that a method with scores ranks after all others.
 
     Layers are absolute indices (0 = first tower layer). Where several patches form one token,
-    attention is summed over them, keys are averaged.
+    attention is summed over them, keys and lengths are averaged.
     """
 
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
@@ -68,6 +70,8 @@ class Evidence:
     wide_cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
     cls_features: Tensor | None = None
     patches: Tensor | None = None
+    norms: Tensor | None = None
+    outliers: Tensor | None = None
 
     def take_units(self, units: Tensor) -> Evidence:
         """Evidence of some units only; `units` indexes the first dimension of every tensor."""
@@ -79,6 +83,9 @@ class Evidence:
         def columns(attention: Tensor) -> Tensor:
             return _gather(attention.transpose(1, 2), index).transpose(1, 2)
 
+        def rows(values: Tensor | None) -> Tensor | None:
+            return None if values is None else _gather(values, index)
+
         return Evidence(
             {i: columns(a) for i, a in self.cls_attention.items()},
             {i: columns(a) for i, a in self.received_attention.items()},
@@ -86,7 +93,9 @@ class Evidence:
             self.text,
             {i: columns(a) for i, a in self.wide_cls_attention.items()},
             self.cls_features,
-            None if self.patches is None else _gather(self.patches, index),
+            rows(self.patches),
+            rows(self.norms),
+            rows(self.outliers),
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
@@ -104,6 +113,8 @@ class Evidence:
             rows(self.wide_cls_attention),
             one(self.cls_features),
             one(self.patches),
+            one(self.norms),
+            one(self.outliers),
         )
 
 

@@ -181,6 +181,8 @@ class Encoder:
             self._check_checkpointing()
             depth = len(self._layers)
             session.run = TowerRun(self._pipeline.tower, self._tower, depth, read)
+        if needs.norms:
+            session.norm_layer = read
         if needs.cls_features:
             session.state_layers = self._family.read_layers(
                 self._base, arguments, len(self._layers)
@@ -270,6 +272,8 @@ class Encoder:
                 group = group.regroup(features, run.source()[owner], run.assignment()[owner])
             evidence = self._evidence(session, arguments, owner, layout, group.n)
             evidence = self._with_text(evidence, session, owner, lengths)
+            norms = self._norms(session, arguments, owner, layout, lengths)
+            evidence = dataclasses.replace(evidence, norms=norms)
             groups.append(dataclasses.replace(group, evidence=evidence))
         return groups
 
@@ -321,6 +325,25 @@ class Encoder:
                 )
         return evidence
 
+    def _norms(
+        self,
+        session: Session,
+        arguments: Mapping[str, Any],
+        units: Sequence[int],
+        layout: Layout,
+        lengths: Sequence[int],
+    ) -> Tensor | None:
+        """[units, n] length of the states that the connector reads, where it was asked for."""
+        norms, run = session.norms, session.reduced
+        if norms is None or self._tower is None:
+            return None
+        norms = norms[..., int(self._tower.has_cls) :]
+        if run is not None:
+            return norms.gather(1, run.order())[list(units)]
+        views = [norms[:, None]] if norms.ndim > 1 else _per_image(norms, lengths)
+        by_token = self._family.by_token(self._base, arguments, views, units, layout, reduce="mean")
+        return by_token[:, 0]
+
     def _after_connector(
         self, pooled: Any, first: list[Group], session: Session, arguments: Mapping[str, Any]
     ) -> list[Group]:
@@ -336,6 +359,12 @@ class Encoder:
             dataclasses.replace(g, features=torch.stack([projected[o] for o in g.owner.tolist()]))
             for g in first
         ]
+
+
+def _per_image(norms: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """A packed row ([patches of all images]) as [1, 1, patches] of each, by their tokens."""
+    patches = len(norms) // sum(lengths)
+    return [part[None, None] for part in norms.split([n * patches for n in lengths])]
 
 
 def _untouched(before: Sequence[Group], after: Sequence[Group]) -> bool:

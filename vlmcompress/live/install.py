@@ -67,17 +67,22 @@ def check_evidence(
     needs, tower = built.needs(), family.tower(base)
     if needs.text:
         _check_text(family, base, built, clip)
-    if not needs.attention and not needs.cls:
+    if not needs.attention and not needs.cls and not needs.norms:
         return
     names = ", ".join(
         repr(s.method.name)
         for s in built.stages
-        if s.method.needs().attention or s.method.needs().cls
+        if s.needs().attention or s.needs().cls or s.needs().norms
     )
     if tower is None:
         raise EvidenceError(
             f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
             "tower; use a method that needs none, such as 'divprune'."
+        )
+    if not tower.has_cls and any(s.outliers.needs().cls for s in built.stages):
+        raise EvidenceError(
+            f"exclude_outliers='cls' reads [CLS] attention and this {family.model_type} tower has "
+            "no [CLS] token; use exclude_outliers='norm'."
         )
     if needs.cls and not tower.has_cls:
         raise EvidenceError(

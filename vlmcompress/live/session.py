@@ -40,6 +40,8 @@ class Session:
         wide_rows: {layer: [b, 1, n] or per-image list} captured.
         state_layers: layers whose [CLS] output is wanted.
         cls_states: {layer: [b, d]} captured.
+        norm_layer: the layer whose output's length is wanted, if any.
+        norms: [b, n] captured, [CLS] among them.
         connector_input: [b, n, d] what the connector was about to read, where text is wanted.
         run: the stage inside the tower, if there is one.
     """
@@ -59,8 +61,15 @@ class Session:
     wide_rows: dict[int, list[Tensor]] = field(default_factory=dict)
     state_layers: tuple[int, ...] = ()
     cls_states: dict[int, Tensor] = field(default_factory=dict)
+    norm_layer: int | None = None
+    norms: Tensor | None = None
     connector_input: Tensor | None = None
     run: TowerRun | None = None
+
+    @property
+    def reduced(self) -> TowerRun | None:
+        """The stage inside the tower, if fewer patches left it than came in."""
+        return self.run if self.run is not None and self.run.reduced else None
 
     @property
     def idle(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlmcompress.live.session import current
+from vlmcompress.live.session import Session, current
 
 #: Where a forward that was set on the instance before (accelerate does that) is kept.
 _PREVIOUS = "_vlmcompress_forward"
@@ -46,9 +46,18 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
         output = forward(hidden_states)
     else:
         output = session.run.block(self.__dict__[_INDEX], self, forward, hidden_states)
-    if session is not None and self.__dict__[_INDEX] in session.state_layers:
-        session.cls_states[self.__dict__[_INDEX]] = output[:, 0]
+    if session is not None:
+        _remember(session, self.__dict__[_INDEX], output)
     return output
+
+
+def _remember(session: Session, layer: int, output: Any) -> None:
+    """What is wanted of a block's output."""
+    if layer in session.state_layers:
+        session.cls_states[layer] = output[:, 0]
+    if layer == session.norm_layer:
+        states = output if isinstance(output, Tensor) else output[0]
+        session.norms = states.detach().float().norm(dim=-1)
 
 
 def make_skippable(layers: nn.ModuleList) -> None:

@@ -49,6 +49,7 @@ class Needs:
     text: bool = False
     wide_cls_attention: tuple[Layer, ...] = ()
     cls_features: bool = False
+    norms: bool = False
 
     @property
     def attention(self) -> bool:
@@ -68,6 +69,20 @@ class Needs:
             *self.received_attention,
             *self.keys,
             *self.wide_cls_attention,
+        )
+
+    @classmethod
+    def together(cls, needs: Iterable[Needs]) -> Needs:
+        """What several ask for."""
+        every = list(needs)
+        return cls(
+            cls_attention=tuple(layer for n in every for layer in n.cls_attention),
+            received_attention=tuple(layer for n in every for layer in n.received_attention),
+            keys=tuple(layer for n in every for layer in n.keys),
+            text=any(n.text for n in every),
+            wide_cls_attention=tuple(layer for n in every for layer in n.wide_cls_attention),
+            cls_features=any(n.cls_features for n in every),
+            norms=any(n.norms for n in every),
         )
 
 
@@ -154,8 +169,12 @@ class TokenPruner(TokenCompressor):
         """Importance of each token, [b, n] float32, non-negative; larger stays."""
 
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
-        """Keep the `tokens_kept` best rows, in their original order; ties go to the lower index."""
-        return tokens.select(top_k(self.score(tokens), self.budget(tokens, keep)))
+        """Keep the `tokens_kept` best rows, in their original order; ties go to the lower index.
+
+        Outliers that the evidence names are ranked after all others.
+        """
+        k = self.budget(tokens, keep)
+        return tokens.select(top_k(self.score(tokens), k, tokens.evidence.outliers))
 
 
 class AdaptiveCompressor(TokenCompressor):

@@ -17,11 +17,14 @@ from vlmcompress.methods.base import (
     Needs,
     TokenCompressor,
 )
+from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.outliers import Outliers
 from vlmcompress.methods.parts import Partition
 from vlmcompress.methods.tower.base import TowerReducer
 
 #: Options that every connector stage has, beside those of its method.
 _PARTITION = tuple(f.name for f in dataclasses.fields(Partition))
+_OUTLIERS = tuple(f.name for f in dataclasses.fields(Outliers))
 
 Pair: TypeAlias = tuple[StageConfig, Method]
 
@@ -34,13 +37,19 @@ class Stage:
         method: ready to run.
         keep: its budget.
         template: the method as configured, before the configuration's seed was filled in.
-        partition: what the budget is for in images that were cut into tiles.
+        partition: what the budget is for.
+        outliers: which patches are left to the last.
     """
 
     method: TokenCompressor
     keep: Keep
     template: TokenCompressor
     partition: Partition
+    outliers: Outliers
+
+    def needs(self) -> Needs:
+        """What method and outliers ask for."""
+        return Needs.together([self.method.needs(), self.outliers.needs()])
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,14 @@ class TowerStage:
 
     Attributes:
         method: ready to run.
-        keep: share or count of patches that leave the tower; None for a budget of its own.
+        keep: share or count of patches that leave the tower, or of keys that its queries look at;
+            None for a budget of its own.
+        parts: what the method has learnt for this tower; None where it learns nothing.
     """
 
     method: TowerReducer
     keep: float | int | None
+    parts: Learned | None = None
 
     @property
     def template(self) -> TowerReducer:
@@ -94,15 +106,7 @@ class Pipeline:
 
     def needs(self) -> Needs:
         """What all stages together ask for."""
-        needs = [stage.method.needs() for stage in self.stages]
-        return Needs(
-            cls_attention=tuple(layer for n in needs for layer in n.cls_attention),
-            received_attention=tuple(layer for n in needs for layer in n.received_attention),
-            keys=tuple(layer for n in needs for layer in n.keys),
-            text=any(n.text for n in needs),
-            wide_cls_attention=tuple(layer for n in needs for layer in n.wide_cls_attention),
-            cls_features=any(n.cls_features for n in needs),
-        )
+        return Needs.together(stage.needs() for stage in self.stages)
 
 
 def build(
@@ -187,9 +191,19 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
             f"Method {config.method!r} acts in the {method.stage}; only methods inside the tower "
             "and between tower and LLM (stages 'tower' and 'connector') can run so far."
         )
-    chosen = {name: config.options[name] for name in _PARTITION if name in config.options}
-    partition = dataclasses.replace(method.partition, **chosen)
-    return Stage(_seeded(method, seed), _checked(config.keep, method), method, partition)
+    partition = dataclasses.replace(method.partition, **_chosen(config, _PARTITION))
+    outliers = Outliers(**_chosen(config, _OUTLIERS))
+    if outliers.exclude_outliers is not None and not method.scored:
+        raise ConfigError(
+            f"exclude_outliers={outliers.exclude_outliers!r} ranks patches after all others, and "
+            f"{method.name!r} ranks none; use a method with scores, such as 'vtc_cls'."
+        )
+    keep = _checked(config.keep, method)
+    return Stage(_seeded(method, seed), keep, method, partition, outliers)
+
+
+def _chosen(config: StageConfig, names: Sequence[str]) -> dict[str, Any]:
+    return {name: config.options[name] for name in names if name in config.options}
 
 
 def _parse(method: Any, default: str) -> list[Pair]:
@@ -234,7 +248,7 @@ def _create(stage: StageConfig) -> Method:
         )
     options = dict(stage.options)
     if issubclass(registry.get(stage.method), TokenCompressor):
-        for name in _PARTITION:
+        for name in (*_PARTITION, *_OUTLIERS):
             options.pop(name, None)
     return registry.create(stage.method, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -85,9 +85,10 @@ def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
 
 def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:
     """Images of one view, or one part of images with several."""
-    method = stage.method
-    view = _evidence_for(method, group, depth)
-    _refuse_nan(method, view)
+    view = _evidence_for(stage.method, group, depth)
+    rows = _rows(stage.outliers.needs().cls_attention, group.evidence.cls_attention, depth)
+    _refuse_nan(stage.method, view, rows.values())
+    view = stage.outliers.marked(view, rows)
     counts = _counts(stage, view)
     if len(set(counts)) == 1:
         return [_compress(stage, view, group, counts[0], shared=True)]
@@ -122,8 +123,13 @@ def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = Fa
     return _restore_evidence(kept, group)
 
 
-def _refuse_nan(method: TokenCompressor, view: Group) -> None:
+def _refuse_nan(method: TokenCompressor, view: Group, more: Iterable[Tensor]) -> None:
     """Refuse what no selection can be made from.
+
+    Args:
+        method: what is about to look.
+        view: images with the evidence it asked for.
+        more: rows of [CLS] attention that outliers are told by.
 
     Raises:
         UnsupportedInputError: when features or evidence that the method looks at hold NaN.
@@ -133,9 +139,11 @@ def _refuse_nan(method: TokenCompressor, view: Group) -> None:
         "[CLS] attention": [
             *evidence.cls_attention.values(),
             *evidence.wide_cls_attention.values(),
+            *more,
         ],
         "received attention": [*evidence.received_attention.values()],
         "keys": [*evidence.keys.values()],
+        "states": [] if view.evidence.norms is None else [view.evidence.norms],
         "features": [] if method.reads == "none" else [view.features],
     }
     spoilt = {
@@ -155,7 +163,9 @@ def _counts(stage: Stage, group: Group) -> list[int]:
         if isinstance(method, AdaptiveCompressor):
             return method.counts(group)
         assert isinstance(method, TokenPruner)  # `build` lets no other through
-        return auto_count(method.score(group), keep.tau).tolist()
+        scores, outliers = method.score(group), group.evidence.outliers
+        scores = scores if outliers is None else scores.masked_fill(outliers, 0)
+        return auto_count(scores, keep.tau).tolist()
     return method.allocate([group.current_segments] * b, keep)
 
 
@@ -164,19 +174,24 @@ def _evidence_for(method: TokenCompressor, group: Group, depth: int | None) -> G
     needs, have = method.needs(), group.evidence
     if not needs.attention:
         return group
-    assert depth is not None  # evidence was captured, so there is a tower
-
-    def pick(layers: tuple[Layer, ...], rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {index: rows[index] for index in (resolve_layer(layer, depth) for layer in layers)}
-
     evidence = dataclasses.replace(
         have,
-        cls_attention=pick(needs.cls_attention, have.cls_attention),
-        received_attention=pick(needs.received_attention, have.received_attention),
-        keys=pick(needs.keys, have.keys),
-        wide_cls_attention=pick(needs.wide_cls_attention, have.wide_cls_attention),
+        cls_attention=_rows(needs.cls_attention, have.cls_attention, depth),
+        received_attention=_rows(needs.received_attention, have.received_attention, depth),
+        keys=_rows(needs.keys, have.keys, depth),
+        wide_cls_attention=_rows(needs.wide_cls_attention, have.wide_cls_attention, depth),
     )
     return dataclasses.replace(group, evidence=evidence)
+
+
+def _rows(
+    layers: Sequence[Layer], captured: Mapping[int, Tensor], depth: int | None
+) -> dict[int, Tensor]:
+    """What was captured of some layers, in their order."""
+    if not layers:
+        return {}
+    assert depth is not None  # evidence was captured, so there is a tower
+    return {i: captured[i] for i in (resolve_layer(layer, depth) for layer in layers)}
 
 
 def _restore_evidence(kept: Group, whole: Group) -> Group:

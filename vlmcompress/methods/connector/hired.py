@@ -86,12 +86,15 @@ class HiRED(TokenPruner):
         if tile is None or int(tile.max()) == 0:
             return super().compress(tokens, keep)
         sums, total = self._rows(tokens), self.budget(tokens, keep)
+        outliers = tokens.evidence.outliers
+        if outliers is None:
+            outliers = torch.zeros_like(sums[0], dtype=torch.bool)
         rows = []
-        for score, content in zip(sums[0], sums[-1], strict=True):
+        for score, content, last in zip(sums[0], sums[-1], outliers, strict=True):
             budgets = self.budgets(tile, content, total)
             columns = [(tile == view).nonzero()[:, 0] for view in range(len(budgets))]
             best = [
-                where[top_k(score[None, where], k)[0]]
+                where[top_k(score[None, where], k, last[None, where])[0]]
                 for where, k in zip(columns, budgets, strict=True)
                 if k > 0
             ]

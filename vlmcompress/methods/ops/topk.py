@@ -5,17 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+def top_k(scores: Tensor, k: int, last: Tensor | None = None) -> Tensor:
     """Indices of the k largest scores per row, ascending; ties go to the lower index.
 
     Args:
         scores: [b, n].
         k: how many, 1 <= k <= n.
+        last: [b, n] bool, those that come after all others, whatever their scores.
 
     Returns:
         [b, k] int64.
     """
-    return descending(scores)[:, :k].sort(dim=-1).values
+    order = descending(scores)
+    if last is not None:
+        behind = last.gather(1, order).long()
+        order = order.gather(1, behind.sort(dim=-1, stable=True).indices)
+    return order[:, :k].sort(dim=-1).values
 
 
 def descending(values: Tensor) -> Tensor:
