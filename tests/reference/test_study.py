@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from eval_harness import resume
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.reference import KINDS, TEXT_KINDS, card, study
 from vlmcompress.reference.curve import TRAINING_LOG
@@ -45,25 +46,28 @@ def _detector():
     return {"scenes": 4, "area": 0.14, "layers": layers}
 
 
-def _fake(part):
-    name, mode = part
+def _fake(name):
+    world, _, mode = name.partition("-")
     if mode == "detector":
         return _detector()
-    return _results(KINDS if name == "objects" else TEXT_KINDS)
+    return _results(KINDS if world == "objects" else TEXT_KINDS)
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Parts that were really measured, without measuring them."""
+    """Names of parts that were really measured, without measuring them."""
     seen = []
 
-    def measure(parts, plan, weights, processes):
+    def computed(parts, processes):
         for part in parts:
-            seen.append(part)
-            yield part, _fake(part)
+            seen.append(part.name)
+            yield part, _fake(part.name)
 
-    monkeypatch.setattr(study, "_measure", measure)
+    monkeypatch.setattr(resume, "computed", computed)
     return seen
+
+
+NAMES = ["-".join(part) for part in PLAN.parts()]
 
 
 def test_area_under_curve_counts_pairs():
@@ -89,22 +93,22 @@ def test_detector_reads_every_layer_and_the_last_find_objects():
 
 def test_a_stopped_study_measures_only_what_is_left(measured, tmp_path):
     first = study.study(PLAN, tmp_path)
-    assert measured == PLAN.parts()
+    assert measured == NAMES
     again = study.study(PLAN, tmp_path)
-    assert measured == PLAN.parts()
+    assert measured == NAMES
     assert again == first == json.loads(json.dumps(first))
     (tmp_path / "text-original.json").write_text("{")
     (tmp_path / "objects-detector.json").unlink()
     del measured[:]
     assert study.study(PLAN, tmp_path) == first
-    assert measured == [("text", "original"), ("objects", "detector")]
+    assert measured == ["text-original", "objects-detector"]
 
 
 def test_parts_of_another_plan_are_measured_again(measured, tmp_path):
     study.study(PLAN, tmp_path)
     del measured[:]
     study.study(replace(PLAN, seeds=3), tmp_path)
-    assert measured == PLAN.parts()
+    assert measured == NAMES
 
 
 def test_targets_say_what_was_found():

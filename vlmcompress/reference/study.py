@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eval_harness.resume import Part, measured
 from vlmcompress.core.errors import ConfigError
 
 from .questions import KINDS
@@ -72,7 +70,7 @@ def study(
             plan and versions.
         weights: folder of the model.
         processes: one-thread processes.
-        progress: called with the name of each finished part.
+        progress: called with the name of each part that is there.
 
     Returns:
         JSON-ready: ``weights`` (SHA-256 of the model's file), ``plan``, ``worlds`` {world:
@@ -88,21 +86,18 @@ def study(
     file = Path(weights) / "model.safetensors"
     if not file.exists():
         raise ConfigError(f"{file} is not there: name a folder with trained weights")
-    identity = {**_identity(plan), "weights": _digest(file)}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    found = _finished(Path(folder), plan, identity)
-    left = [part for part in plan.parts() if part not in found]
-    for part, result in _measure(left, plan, Path(weights), processes):
-        _path(Path(folder), part).write_text(json.dumps({"identity": identity, "result": result}))
-        found[part] = result
-        if progress:
-            progress(" ".join(part))
-    worlds = {n: {mode: found[n, mode] for mode in POSITIONS} for n in plan.questions}
+    identity = {**_identity(plan), "weights": digest(file)}
+    parts = [
+        Part("-".join(part), identity, measure, (part, plan, Path(weights)))
+        for part in plan.parts()
+    ]
+    found = measured(parts, folder, processes=processes, progress=progress)
+    worlds = {n: {mode: found[f"{n}-{mode}"] for mode in POSITIONS} for n in plan.questions}
     return {
         "weights": identity["weights"],
         "plan": identity["plan"],
         "worlds": worlds,
-        "detector": {name: found[name, _DETECTOR] for name in plan.questions},
+        "detector": {name: found[f"{name}-{_DETECTOR}"] for name in plan.questions},
         "targets": targets(worlds),
     }
 
@@ -113,11 +108,12 @@ def stored(path: str | Path, weights: str | Path = WEIGHTS_DIR) -> dict[str, Any
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    same = found.get("weights") == _digest(Path(weights) / "model.safetensors")
+    same = found.get("weights") == digest(Path(weights) / "model.safetensors")
     return found if same else None
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -131,39 +127,6 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "plan": json.loads(json.dumps(asdict(plan))),
         "versions": [vlmcompress.__version__, torch.__version__, transformers.__version__],
     }
-
-
-def _path(folder: Path, part: tuple[str, str]) -> Path:
-    return folder / f"{part[0]}-{part[1]}.json"
-
-
-def _finished(
-    folder: Path, plan: Plan, identity: dict[str, Any]
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Parts of an earlier study that still hold; damaged files are measured again."""
-    found = {}
-    for part in plan.parts():
-        try:
-            stored = json.loads(_path(folder, part).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        if stored["identity"] == identity:
-            found[part] = stored["result"]
-    return found
-
-
-def _measure(
-    parts: list[tuple[str, str]], plan: Plan, weights: Path, processes: int
-) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """Measure parts in processes of their own, and yield them as they are done."""
-    if not parts:
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(parts)), mp_context=context) as pool:
-        running = {pool.submit(measure, part, plan, weights): part for part in parts}
-        for done in as_completed(running):
-            yield running[done], done.result()
 
 
 def measure(part: tuple[str, str], plan: Plan, weights: Path) -> dict[str, Any]:
