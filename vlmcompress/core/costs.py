@@ -6,6 +6,7 @@ causality, as no kernel skips exactly half.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +25,48 @@ def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> 
         FLOPs, or None where the config does not describe a dense Llama-like stack.
     """
     shape = _shape(config)
+    return None if shape is None else layered_flops(config, [(length, length)] * shape[0], batch, logits)
+
+
+def layered_flops(
+    config: Any, lengths: Sequence[tuple[int, int]], batch: int = 1, logits: int = 1
+) -> int | None:
+    """FLOPs of one prefill whose layers work on different lengths.
+
+    Args:
+        config: text config with Llama's attribute names.
+        lengths: per layer, rows in its attention and rows in its MLP.
+        batch: rows.
+        logits: positions per row for which logits are computed.
+
+    Returns:
+        FLOPs, or None where the config does not describe a dense Llama-like stack.
+    """
+    shape = _shape(config)
     if shape is None:
         return None
-    layers, hidden, intermediate, q, kv, vocab = shape
-    per_token = 2 * hidden * (q + 2 * kv) + 2 * q * hidden + 3 * 2 * hidden * intermediate
-    attention = 2 * 2 * length * length * q
-    return batch * (layers * (length * per_token + attention) + 2 * logits * hidden * vocab)
+    _, hidden, intermediate, q, kv, vocab = shape
+    projections, mlp = 2 * hidden * (2 * q + 2 * kv), 3 * 2 * hidden * intermediate
+    layers = sum(a * (projections + 2 * 2 * a * q) + m * mlp for a, m in lengths)
+    return batch * (layers + 2 * logits * hidden * vocab)
+
+
+def tower_flops(
+    rows: Sequence[tuple[int, int]], attention: int, mlp: int, width: int, batch: int = 1
+) -> int:
+    """FLOPs of the blocks of a vision transformer; patch embedding and heads are not among them.
+
+    What a method computes to choose among rows is not counted either.
+
+    Args:
+        rows: per block, rows in its attention and rows in its MLP.
+        attention: weights of a block's projections (query, key, value and output).
+        mlp: weights of its MLP.
+        width: of all heads together.
+        batch: images.
+    """
+    blocks = (2 * a * (attention + 2 * a * width) + 2 * m * mlp for a, m in rows)
+    return batch * sum(blocks)
 
 
 def cache_bytes(cache: Any) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ class Tower:
     batch_first: bool = True
 
     #: projections whose outputs are read
-    projections = ("q_proj", "k_proj")
+    projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     #: argument of the attention that is added to its logits
-    mask = "attention_mask"
+    mask: ClassVar[str] = "attention_mask"
 
     def layers(self, tower: nn.Module) -> nn.ModuleList:
         """The tower's blocks."""
@@ -131,8 +131,8 @@ class FusedTower(Tower):
     first_norm: str = "norm1"
     values: str = "qkv"
 
-    projections = ("qkv",)
-    mask = "attn_mask"
+    projections: ClassVar[tuple[str, ...]] = ("qkv",)
+    mask: ClassVar[str] = "attn_mask"
 
     def queries_keys(
         self, attention: nn.Module, outputs: Mapping[str, Tensor], kwargs: Mapping[str, Any]
@@ -165,8 +165,8 @@ class InnerTower(Tower):
     values: str = INPUT
     own: bool = False
 
-    projections = ()
-    mask = "attn_mask"
+    projections: ClassVar[tuple[str, ...]] = ()
+    mask: ClassVar[str] = "attn_mask"
 
     def projected(self, attention: nn.Module, given: Tensor) -> dict[str, Tensor]:
         """What it is given."""
