@@ -2,7 +2,8 @@
 
 One pass records the tower's output and the evidence that all methods together ask for. Later passes
 get the recorded output in place of the tower's, and methods the recorded evidence; selection,
-connector, placement and language model are the library's own.
+connector, placement and language model are the library's own. What a configuration keeps of an
+image is decided once for all questions about it, unless it depends on the question.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from eval_harness.controls import CoveragePruner
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+from vlmcompress.live.encode import PIXEL_ARGUMENTS, CompressedEncoding
+from vlmcompress.methods import pipeline
 from vlmcompress.methods.base import Layer, Method, Needs, TokenCompressor, resolve_layer
 
 
@@ -118,45 +122,102 @@ def union(methods: Sequence[Method]) -> Needs:
 
 @dataclass(frozen=True)
 class Recording:
-    """What the tower made of a batch whose rows share images.
+    """What the tower made of the different images of a batch whose rows share images.
 
     Attributes:
         tower: the module.
-        output: its output, one row per row of the batch.
+        output: its output, one row per different image.
         evidence: of the different images.
         images: [rows] image of each row.
+        first: [different images] a row that shows it.
     """
 
     tower: nn.Module
     output: Any
     evidence: Evidence
     images: Tensor
+    first: Tensor
 
     def method(self, method: Any) -> Any:
         """The method with the recorded evidence, or itself when it looks at none."""
         if not isinstance(method, TokenCompressor) or not method.needs().attention:
             return method
-        return Remembering(method, self.evidence, self.images, depth(self.tower))
+        device = self.images.device
+        places = torch.arange(len(self.first), device=device) if shared(method) else self.images
+        return Remembering(method, self.evidence, places, depth(self.tower))
+
+    def seen(self, handle: Any, inputs: Mapping[str, Tensor], method: Any) -> Mapping[str, Any]:
+        """The inputs with every different image encoded once, as the handle is set.
+
+        Args:
+            handle: set to the method.
+            inputs: of the batch.
+            method: what is applied; one that reads the question gets the inputs as they are.
+        """
+        if not shared(method):
+            return inputs
+        unique = {name: value[self.first.to(value.device)] for name, value in inputs.items()}
+        with torch.no_grad():
+            encoding = handle.encode(**unique)
+        rest = {name: value for name, value in inputs.items() if name not in PIXEL_ARGUMENTS}
+        return {**rest, "mm_encoder_outputs": repeated(encoding, self.images.tolist())}
 
     @contextmanager
     def replayed(self, method: Any = None) -> Iterator[None]:
         """Calls of the tower return the recorded output in the body of the `with`.
 
         Args:
-            method: what is applied; one that acts inside the tower gets the tower itself.
+            method: what is applied; one that acts inside the tower, or a spec string, whose stages
+                may look at anything, gets the tower itself.
         """
-        if getattr(method, "stage", "") == "tower":
+        if isinstance(method, str) or getattr(method, "stage", "") == "tower":
             yield
             return
+        images = self.images
+        output = (
+            self.output if shared(method) else _map(self.output, lambda x: x[images.to(x.device)])
+        )
         before = self.tower.__dict__.get("forward")
         # The caller may write into the output, so each call gets a new one.
-        self.tower.__dict__["forward"] = lambda *args, **kwargs: _copy(self.output)
+        self.tower.__dict__["forward"] = lambda *args, **kwargs: _copy(output)
         try:
             yield
         finally:
             del self.tower.__dict__["forward"]
             if before is not None:
                 self.tower.__dict__["forward"] = before
+
+
+def shared(method: Any) -> bool:
+    """Whether all questions about an image see the same of it under a method."""
+    if isinstance(method, str):
+        return not pipeline.build(method, keep=1).needs().text
+    inside = getattr(method, "stage", "") in ("tower", "connector")
+    return inside and not method.needs().text and not isinstance(method, CoveragePruner)
+
+
+def repeated(encoding: CompressedEncoding, images: Sequence[int]) -> CompressedEncoding:
+    """An encoding with one entry per row: `images[i]` of the given one in row i."""
+    encoded = encoding.encoded
+
+    def rows(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in images)
+
+    features: Any = encoded.output.pooler_output
+    if isinstance(features, Tensor) and features.ndim == 2:  # images that keep different counts
+        features = torch.cat(rows(features.split([len(kept) for kept in encoded.kept])))
+    else:
+        features = features[images] if isinstance(features, Tensor) else list(rows(features))
+    return CompressedEncoding(
+        dataclasses.replace(
+            encoded,
+            output=type(encoded.output)(pooler_output=features),
+            lengths=rows(encoded.lengths),
+            kept=rows(encoded.kept),
+            segments=rows(encoded.segments),
+            assignments=rows(encoded.assignments),
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -166,6 +227,10 @@ class NoRecording:
     def method(self, method: Any) -> Any:
         """The method itself."""
         return method
+
+    def seen(self, handle: Any, inputs: Mapping[str, Tensor], method: Any) -> Mapping[str, Any]:
+        """The inputs as they are."""
+        return inputs
 
     def replayed(self, method: Any = None) -> Any:
         """An empty context."""
@@ -208,12 +273,11 @@ def record(
             model(**unique, logits_to_keep=1)
     finally:
         hook.remove()
-    rows = images.to(batch["input_ids"].device)
     whole = len(outputs) == len(recorder.seen) == 1 and _one_row_per_image(outputs[0], len(first))
     if not whole:
         return NoRecording()
-    expanded = _map(outputs[0], lambda x: x[rows.to(x.device)])
-    return Recording(tower, expanded, recorder.seen[0].evidence, rows)
+    rows = images.to(batch["input_ids"].device)
+    return Recording(tower, outputs[0], recorder.seen[0].evidence, rows, first)
 
 
 def depth(tower: nn.Module) -> int:

@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from eval_harness import accuracy, evaluate
-from eval_harness.accuracy import is_right
+from eval_harness import asking, evaluate
+from eval_harness.asking import is_right
 from eval_harness.controls import oracle
 from tests.seam.equalities import RandomSource
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import registry
+from vlmcompress.methods.connector.fastervlm import FasterVLM
+from vlmcompress.methods.connector.uniform import Uniform
 from vlmcompress.reference import samples
 from vlmcompress.reference.tokenizer import build_processor
 
@@ -92,9 +94,7 @@ def test_full_budget_is_the_full_model(results):
 
 
 def test_reused_tower_changes_no_answer(monkeypatch, model, processor, asked):
-    monkeypatch.setattr(
-        accuracy, "is_right", lambda answer, _: zlib.crc32(answer.encode()) % 2 == 0
-    )
+    monkeypatch.setattr(asking, "is_right", lambda answer, _: zlib.crc32(answer.encode()) % 2 == 0)
     width = model.model.vision_tower.config.hidden_size
     names = [*registry.names(), "oracle_asked"]
     options = {"methods": names, "keeps": [0.1], "clip": RandomSource(width)}
@@ -115,8 +115,50 @@ def test_tower_runs_once_per_image(model, processor, asked):
     assert images == [len({s.scene_id for s in asked})]
 
 
+def test_one_selection_is_asked_in_both_position_modes(monkeypatch, model, processor, asked):
+    monkeypatch.setattr(asking, "is_right", lambda answer, _: zlib.crc32(answer.encode()) % 2 == 0)
+    names, modes = ["vtc_cls", "tome", "random"], ("contiguous", "original")
+    plan = asking.Asking.of(names, [0.1], positions=modes, seeds=2, controls=False, tolerant=True)
+    both = asking.ask(model, processor, asked, plan, batch_size=10, seed=1)
+    for mode in modes:
+        alone = asking.Asking.of(
+            names, [0.1], positions=(mode,), seeds=2, controls=False, tolerant=True
+        )
+        found = asking.ask(model, processor, asked, alone, batch_size=10, seed=1, reuse_tower=False)
+        for cell, rows in found.right.items():
+            np.testing.assert_array_equal(rows, both.right[cell])
+    assert {cell.method: len(rows) for cell, rows in both.right.items()} == {
+        "vtc_cls": 1,
+        "tome": 1,
+        "random": 2,
+    }
+
+
+def test_what_the_library_refuses_is_noted_or_raised(model, processor, asked):
+    class Unordered(Uniform):
+        raster_order = False
+
+    options = {"positions": ("contiguous", "original"), "controls": False}
+    tolerant = asking.Asking.of([Unordered(), "pool"], [0.1], tolerant=True, **options)
+    found = asking.ask(model, processor, asked, tolerant)
+    (refused,) = found.refused
+    assert refused == asking.Cell("original", "uniform", 0.1)
+    assert "contiguous" in found.refused[refused]
+    assert len(found.right) == 3
+    with pytest.raises(ConfigError):
+        asking.ask(model, processor, asked, asking.Asking.of([Unordered()], [0.1], **options))
+
+
+def test_spec_strings_are_methods(model, processor, asked):
+    spec = "fastervlm(layer=-3)"
+    found = _evaluate(model, processor, asked, methods=[spec, FasterVLM(layer=-3)], keeps=[0.2])
+    assert found["accuracy"]["0.2"][spec] == found["accuracy"]["0.2"]["fastervlm"]
+    with pytest.raises(UnknownMethodError):
+        _evaluate(model, processor, asked, methods=["no_such(layer=3)"])
+
+
 def test_right_answers_count(monkeypatch, model, processor, asked):
-    monkeypatch.setattr(accuracy, "is_right", lambda answer, expected: expected != "yes")
+    monkeypatch.setattr(asking, "is_right", lambda answer, expected: expected != "yes")
     found = _evaluate(model, processor, asked, methods=["uniform"], keeps=[0.5])
     right = {s.kind: [] for s in asked}
     for sample in asked:
