@@ -1,0 +1,220 @@
+"""Which columns of a prompt a decoder layer works on, and which its cache holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmcompress.core.placement import kept_columns
+from vlmcompress.methods.decoder.base import Positions, Reduction
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one call at some depth of the language model.
+
+    Attributes:
+        index: [B, R] column of the call that each row is; of its source, for merged rows.
+        where: [B, R] column of the call whose position embedding it gets.
+        valid: [B, R] bool, rows that are no padding.
+        visual: [B, R] bool.
+        fresh: [B, R] bool, merged rows, which are no column of the caller's.
+        ordinal: [B, R] which of its sample's visual columns a row is, -1 for text.
+        unit: [B, R] image of each visual row, -1 for text.
+        place: [B, R, 2] its place in the image's grid.
+        grid: [B, R, 2] that grid.
+        answers: [B, R] bool, or None outside training.
+        full: whether every row is valid, known without asking the device.
+        whole: whether these are all columns of the call.
+        renumbered: whether positions were counted anew.
+    """
+
+    index: Tensor
+    where: Tensor
+    valid: Tensor
+    visual: Tensor
+    fresh: Tensor
+    ordinal: Tensor
+    unit: Tensor
+    place: Tensor
+    grid: Tensor
+    answers: Tensor | None = None
+    full: bool = True
+    whole: bool = True
+    renumbered: bool = False
+
+    @classmethod
+    def all(
+        cls,
+        visual: Tensor,
+        valid: Tensor,
+        *,
+        full: bool,
+        unit: Tensor | None = None,
+        place: Tensor | None = None,
+        grid: Tensor | None = None,
+        answers: Tensor | None = None,
+    ) -> Rows:
+        """All columns of a call.
+
+        Args:
+            visual: [B, L] bool, visual tokens that may go.
+            valid: [B, L] bool, columns that are no padding.
+            full: whether all are.
+            unit: [B, L], see the attributes.
+            place: [B, L, 2].
+            grid: [B, L, 2].
+            answers: [B, L].
+        """
+        index = torch.arange(visual.shape[1], device=visual.device).expand(visual.shape)
+        pairs = index.new_zeros((*visual.shape, 2))
+        return cls(
+            index=index,
+            where=index,
+            valid=valid,
+            visual=visual,
+            fresh=torch.zeros_like(visual),
+            ordinal=torch.where(visual, visual.long().cumsum(1) - 1, -1),
+            unit=torch.full_like(index, -1) if unit is None else unit,
+            place=pairs if place is None else place,
+            grid=pairs + 1 if grid is None else grid,
+            answers=answers,
+            full=full,
+        )
+
+    @property
+    def text(self) -> Tensor:
+        """[B, R] bool, text behind the last visual row of each sample."""
+        columns = torch.arange(self.visual.shape[1], device=self.visual.device)
+        last = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
+        return self.valid & ~self.visual & (columns > last)
+
+    def taken(self, chosen: Tensor, valid: Tensor, full: bool) -> Rows:
+        """Rows `chosen` ([B, R']) of these, some of which are padding."""
+
+        def take(values: Tensor) -> Tensor:
+            return torch.take_along_dim(values, _like(chosen, values), 1)
+
+        return dataclasses.replace(
+            self,
+            index=take(self.index),
+            where=take(self.where),
+            valid=valid,
+            visual=take(self.visual) & valid,
+            fresh=take(self.fresh) & valid,
+            ordinal=take(self.ordinal),
+            unit=take(self.unit),
+            place=take(self.place),
+            grid=take(self.grid),
+            answers=None if self.answers is None else take(self.answers) & valid,
+            full=full,
+            whole=False,
+        )
+
+    def reduced(self, by: Reduction, mode: Positions) -> tuple[Rows, Tensor] | None:
+        """The rows that a reduction leaves, and where they are found; None when all stay.
+
+        Args:
+            by: the reduction.
+            mode: whether positions are kept or counted anew.
+
+        Returns:
+            The rows, and [B, R'] which of the old rows, followed by the merged ones, each one is.
+        """
+        rows, stay, order = self, (by.keep | ~self.visual) & self.valid, None
+        if by.merged is not None:
+            rows, stay, order = self._with_merged(by, stay)
+        counts, before = torch.stack([stay.sum(1), self.valid.sum(1)]).tolist()  # the only wait
+        if order is None and counts == before:
+            return None
+        chosen, valid = kept_columns(stay, "left")
+        left = rows.taken(chosen, valid, full=min(counts) == max(counts))
+        if mode == "contiguous":
+            where = self._counted_anew(valid)
+            left = dataclasses.replace(left, where=where, renumbered=True)
+        return left, chosen if order is None else order.gather(1, chosen)
+
+    def _counted_anew(self, valid: Tensor) -> Tensor:
+        """[B, R'] columns from each sample's first on, one for each valid row."""
+        first = torch.where(self.valid, self.where, self.where.amax() + 1).amin(1, keepdim=True)
+        return first + (valid.long().cumsum(1) - 1).clamp(min=0)
+
+    def _with_merged(self, by: Reduction, stay: Tensor) -> tuple[Rows, Tensor, Tensor]:
+        """These rows with merged ones behind the last visual row that stays.
+
+        Returns:
+            All rows in their new order, which of them stay, and [B, R + m] the old or merged row
+            that each one is.
+        """
+        assert by.source is not None  # the contract of merging
+        b, m = by.source.shape
+        exists = torch.ones_like(by.source, dtype=torch.bool)
+        exists = exists if by.merged_valid is None else by.merged_valid
+        columns = torch.arange(stay.shape[1], device=stay.device)
+        last = torch.where(self.visual & stay, columns, -1).amax(1, keepdim=True)
+        # Without a visual row that stays, merged ones go where the first visual row was.
+        first = torch.where(self.visual, columns, stay.shape[1]).amin(1, keepdim=True) - 1
+        behind = torch.where(last < 0, first, last).double()
+        steps = torch.arange(1, m + 1, device=stay.device, dtype=torch.float64) / (m + 1)
+        order = torch.cat([columns.double().expand(b, -1), behind + steps], 1).argsort(1)
+        source = torch.cat([columns.expand(b, -1), by.source], 1)
+        both = self.taken(source, torch.cat([self.valid, exists], 1), self.full)
+        fresh = torch.cat([self.fresh, torch.ones_like(exists)], 1)
+        both = dataclasses.replace(both, fresh=fresh)
+        stay = torch.cat([stay, exists], 1).gather(1, order)
+        return both.taken(order, both.valid.gather(1, order), self.full), stay, order
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the cache of one layer holds.
+
+    Attributes:
+        seen: [B, C] bool, keys that are no padding.
+        full: whether none is, among those that a prompt put there.
+        gone: [B] how many positions later tokens are counted back, None for none.
+        whole: whether it holds every column of the conversation.
+    """
+
+    seen: Tensor
+    full: bool
+    gone: Tensor | None = None
+    whole: bool = True
+
+    def grown(
+        self, seen: Tensor, full: bool, gone: Tensor | None = None, whole: bool = True
+    ) -> Held:
+        """With further keys ([B, c])."""
+        if gone is not None and self.gone is not None:
+            gone = gone + self.gone
+        return Held(
+            torch.cat([self.seen, seen], 1),
+            self.full and full,
+            self.gone if gone is None else gone,
+            self.whole and whole,
+        )
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a cache knows of the prompt it was filled from, layer by layer.
+
+    Attributes:
+        layers: what each layer holds of the first `length` columns.
+        length: columns of the conversation when it was written.
+    """
+
+    layers: tuple[Held, ...]
+    length: int
+
+    def columns(self, held: int) -> int:
+        """Columns of the conversation when layer 0 holds `held` keys."""
+        return self.length + held - self.layers[0].seen.shape[1]
+
+
+def _like(index: Tensor, values: Tensor) -> Tensor:
+    """[B, R'] as an index into dimension 1 of [B, R, ...]."""
+    return index.view(*index.shape, *([1] * (values.ndim - 2)))

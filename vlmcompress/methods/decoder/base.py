@@ -1,0 +1,302 @@
+"""The contract of methods inside the language model.
+
+A reducer is asked at its sites, once per prompt, which rows go on. It sees tensors only: the rows
+of that place, which of them are visual, and the attention it asked for. What it drops is gone for
+all later layers, their caches included.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlmcompress.core import keep as keeping
+from vlmcompress.core.errors import ConfigError, EvidenceError
+from vlmcompress.methods.base import Layer, Method, Stage
+from vlmcompress.methods.ops.topk import ranks
+from vlmcompress.methods.options import resolve_layer
+
+Where: TypeAlias = Literal["before", "between"]
+Reads: TypeAlias = Literal["nothing", "previous", "own", "next", "features"]
+Positions: TypeAlias = Literal["original", "contiguous"]
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the language model.
+
+    Attributes:
+        layer: absolute index.
+        where: before that layer, or between its attention and its MLP.
+    """
+
+    layer: int
+    where: Where = "before"
+
+
+@dataclass(frozen=True)
+class DecoderAttention:
+    """Queries and keys of one layer, as its kernel got them (normed, rotated).
+
+    Attributes:
+        q: [B, heads, L, head_dim] queries of the rows at the site.
+        k: [B, kv_heads, C, head_dim] keys: those of earlier turns, the rows', then whatever a
+            preallocated cache holds beyond them.
+        scale: factor on the logits.
+        seen: [B, past + L] bool, keys that are no padding.
+        past: keys of earlier turns.
+        mask: [B, 1, L, C] what the kernel adds to the logits (or bool, what may be seen), where a
+            row may see later rows; None where it sees those before it.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    seen: Tensor
+    past: int = 0
+    mask: Tensor | None = None
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Scaled logits of some queries: [B, heads, r, C] float32, nothing hidden.
+
+        Args:
+            rows: [B, r].
+        """
+        q = _rows(self.q, rows).float()
+        b, heads, r, head_dim = q.shape
+        grouped = q.reshape(b, self.k.shape[1], -1, r, head_dim)
+        logits: Tensor = grouped @ self.k.float()[:, :, None].transpose(-1, -2)
+        return logits.reshape(b, heads, r, -1) * self.scale
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Softmax rows of some queries over all keys: [B, heads, r, L] float32.
+
+        Keys of earlier turns take part in the softmax and are then left out.
+
+        Args:
+            rows: [B, r].
+        """
+        logits = self.logits(rows)
+        hidden = ~self._may_see(rows, logits.shape[-1])
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            logits = logits + _rows(self.mask, rows).float()
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+        return weights[..., self.past : self.past + self.q.shape[2]]
+
+    def _may_see(self, rows: Tensor, keys: int) -> Tensor:
+        """[B, 1, r, keys] bool."""
+        beyond = keys - self.seen.shape[1]
+        seen = torch.nn.functional.pad(self.seen, (0, beyond))[:, None, None]
+        if self.mask is None:
+            order = torch.arange(keys, device=rows.device) - self.past
+            return seen & (order <= rows[:, None, :, None])
+        if self.mask.dtype == torch.bool:
+            return seen & _rows(self.mask, rows)
+        return seen.expand(-1, 1, rows.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """The language model's rows at a site during prefill.
+
+    Attributes:
+        hidden: [B, L, d].
+        visual: [B, L] bool, rows that are visual tokens.
+        valid: [B, L] bool, rows that are no padding.
+        text: [B, L] bool, rows of text behind the last visual token of their sample (all text of a
+            sample without one).
+        ordinal: [B, L] which of its sample's visual tokens a row was at first, -1 for text.
+        unit: [B, L] which image of the call each visual row belongs to, -1 for text.
+        place: [B, L, 2] (row, column) of visual rows in the grid of their image, 0 for text.
+        grid: [B, L, 2] (height, width) of that grid, 1 for text.
+        depth: layers of the model.
+        attention: of the layer that the method reads; None unless it reads any.
+        earlier: [B, L, d] the same rows as they came into the layer before; None unless read.
+        answers: [B, L] bool, rows that a label follows while the row itself has none (the last of
+            each instruction); None outside training.
+        embedded: [B, L, d] the same rows as they came into layer 0; None unless read.
+    """
+
+    hidden: Tensor
+    visual: Tensor
+    valid: Tensor
+    text: Tensor
+    ordinal: Tensor
+    unit: Tensor
+    place: Tensor
+    grid: Tensor
+    depth: int
+    attention: DecoderAttention | None = None
+    earlier: Tensor | None = None
+    answers: Tensor | None = None
+    embedded: Tensor | None = None
+
+    def attended(self) -> DecoderAttention:
+        """The attention that was asked for.
+
+        Raises:
+            EvidenceError: when it was not read.
+        """
+        if self.attention is None:
+            raise EvidenceError("A method in the LLM needs a layer's attention; none was read.")
+        return self.attention
+
+    @property
+    def last(self) -> Tensor:
+        """[B, 1] the last row of each sample that is no padding."""
+        rows = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return torch.where(self.valid, rows, 0).amax(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a method decided at a site.
+
+    Attributes:
+        keep: [B, L] bool, rows that go on; all text must.
+        hidden: [B, L, d] the rows' new values, None where they stay as they are.
+        merged: [B, m, d] rows that are added behind the last visual row that stays.
+        merged_valid: [B, m] bool, which of them there are; None for all.
+        source: [B, m] row that each of them stands for, for its place in the image.
+        crop_earlier: whether the caches of earlier layers are cut to the same rows.
+    """
+
+    keep: Tensor
+    hidden: Tensor | None = None
+    merged: Tensor | None = None
+    merged_valid: Tensor | None = None
+    source: Tensor | None = None
+    crop_earlier: bool = False
+
+
+class LayerReducer(Method):
+    """Inside the LLM: drops or merges visual tokens at some layers.
+
+    A budget is for all visual tokens of a sample together, however many images they come from.
+
+    Class attributes:
+        reads: which layer's attention `reduce` is handed: of the layer `previous` to the site, of
+            its `own` (between attention and MLP), of the `next` (queries and keys that it is about
+            to make); or `features`, the rows before the previous layer; or `nothing`.
+        renumbers: position ids behind a site, as published: kept (`original`) or counted anew
+            (`contiguous`).
+        reads_embedded: whether `reduce` is handed the rows as they came into layer 0.
+        merges: whether it adds merged rows.
+        repeatable: whether what is dropped depends on earlier rows only, so that decoding with and
+            without a cache agree.
+    """
+
+    stage: ClassVar[Stage] = "decoder"
+    reads: ClassVar[Reads] = "nothing"
+    renumbers: ClassVar[Positions] = "original"
+    reads_embedded: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = False
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether the method's options say how many tokens stay, so that `keep` must not."""
+        return False
+
+    @abstractmethod
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        """Where the method acts in a model of `depth` layers, in ascending order."""
+
+    @abstractmethod
+    def counts(self, n: int, keep: float | int | None, depth: int) -> tuple[int, ...]:
+        """Visual tokens of a sample left after each site.
+
+        Exact for methods with `count_kind` `exact`, else the most there can be.
+
+        Args:
+            n: visual tokens of the sample that enter the model.
+            keep: what leaves the last site, a fraction or a count; None with a budget of its own.
+            depth: layers of the model.
+        """
+
+    def queries(self, state: DecoderState) -> Tensor:
+        """[B, r] rows whose attention is looked at; the last of each sample."""
+        return state.last
+
+    @abstractmethod
+    def reduce(self, site: int, state: DecoderState, k: Tensor) -> Reduction:
+        """The reduction at the site of number `site`; `k` ([B] int64) is what `counts` allows."""
+
+    def final(self, n: int, keep: float | int | None) -> int:
+        """Tokens left at the end by `keep`.
+
+        Raises:
+            ConfigError: without one.
+        """
+        if keep is None:
+            raise ConfigError(f"{self.name} has no budget: write '{self.name}:0.5', for example.")
+        return keeping.count(keep, n)
+
+
+class LayerPruner(LayerReducer):
+    """Keeps the visual tokens with the highest scores at each site, in their order."""
+
+    @abstractmethod
+    def score(self, state: DecoderState) -> Tensor:
+        """[B, L] float32, larger stays; only those of visual rows count."""
+
+    def reduce(self, site: int, state: DecoderState, k: Tensor) -> Reduction:
+        """Keep the `k` best; ties go to the earlier row."""
+        return Reduction(best(self.score(state), state.visual, k))
+
+
+def best(scores: Tensor, visual: Tensor, k: Tensor) -> Tensor:
+    """[B, L] bool: all text, and per sample the `k` ([B]) visual rows with the highest scores.
+
+    Ties go to the earlier row.
+    """
+    place = ranks(scores.masked_fill(~visual, -torch.inf))
+    return ~visual | (place < k.to(place.device)[:, None])
+
+
+def last_row_attention(state: DecoderState, rows: Tensor | None = None) -> Tensor:
+    """[B, L] attention of some queries to every row, averaged over heads and queries.
+
+    Args:
+        state: with the attention that was read.
+        rows: [B, r] queries; the last row when not given.
+    """
+    weights = state.attended().weights(state.last if rows is None else rows)
+    return weights.mean((1, 2))
+
+
+def sites_before(method: str, layers: Sequence[Layer], depth: int) -> tuple[Site, ...]:
+    """Sites before some layers, which must be named in the order of depth.
+
+    Raises:
+        ConfigError: for layer 0 (which is between tower and LLM), layers out of order, or two that
+            resolve to one.
+    """
+    # A share stands for layer 1 at least, where small models round it down to 0.
+    resolved = [
+        max(i, 1) if isinstance(layer, float) else i
+        for layer, i in ((layer, resolve_layer(layer, depth)) for layer in layers)
+    ]
+    if any(late <= early for early, late in pairwise(resolved)):
+        raise ConfigError(
+            f"{method}'s layers {list(layers)} resolve to {resolved} in a model of {depth} layers; "
+            "they must be different and ascend. Name other layers for a model this deep."
+        )
+    if resolved[0] == 0:
+        raise ConfigError(
+            f"{method} is to drop tokens before layer 0 of {depth}; use a method between tower and "
+            "LLM for that, or name layers from 1 on."
+        )
+    return tuple(Site(layer) for layer in resolved)
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows ([B, r]) of [B or 1, heads, L, d]: [B, heads, r, d]."""
+    values = values.expand(len(rows), -1, -1, -1)
+    return values.gather(2, rows[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[3]))
