@@ -11,7 +11,6 @@ model's own path, with idle hooks on it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from eval_harness import flops, machine
 from eval_harness.clock import Clock, ClockKind
+from eval_harness.floor import prefill_alone, tower_alone
 from eval_harness.rounds import Sample, Side, against_floor, evidence, interleave, timings
 from eval_harness.stages import Parts, Trace, parts, timed_call, traced
 from vlmcompress.core.costs import cache_bytes
@@ -196,19 +196,12 @@ class _Bench:
         return {**sample, **reported}
 
     def _tower_alone(self) -> Sample:
-        function = self.model.get_image_features
-        names = set(inspect.signature(function).parameters) & set(self.inputs)
-        given = {name: self.inputs[name] for name in names - {"input_ids", "attention_mask"}}
-        with self.handle.disabled(), torch.no_grad():
-            return {"seconds": self.clock.time(lambda: function(**given))}
+        with self.handle.disabled():
+            return {"seconds": tower_alone(self.model, self.inputs, self.clock)}
 
     def _prefill_alone(self, embeddings: Tensor) -> Sample:
-        def call() -> None:
-            hidden = self.parts.language_model(inputs_embeds=embeddings, use_cache=True)[0]
-            self.parts.head(hidden[:, -1:])
-
-        with self.handle.disabled(), torch.no_grad():
-            return {"seconds": self.clock.time(call)}
+        with self.handle.disabled():
+            return {"seconds": prefill_alone(self.parts, embeddings, self.clock)}
 
     def _tpot(self, new_tokens: int) -> dict[str, float | None]:
         if new_tokens < 2:
