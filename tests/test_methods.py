@@ -8,11 +8,29 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.methods_list import CONNECTOR_METHODS
-from tests.units import DEPTH, HEADS, QUICK, WIDTH, Grid, keeps, layouts, make, seeds, tokens_for
-from vlmcompress.core.errors import ConfigError, ConfigTypeError, EvidenceError
+from tests.units import (
+    DEPTH,
+    HEADS,
+    QUICK,
+    WIDTH,
+    Grid,
+    keeps,
+    layouts,
+    make,
+    seeds,
+    segments_of,
+    tokens_for,
+)
+from vlmcompress.core.errors import (
+    ConfigError,
+    ConfigTypeError,
+    EvidenceError,
+    UnsupportedInputError,
+)
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import TokenPruner, create, get
 from vlmcompress.methods.base import resolve_layer
@@ -66,7 +84,28 @@ def test_count_and_order(
     assert kept.index.min() >= 0
     assert kept.index.max() < tokens.n
     assert kept.n_full == tokens.n
-    assert method.allocate([tokens.segments] * 3, keep) == [k] * 3
+
+
+@every_method
+@QUICK
+@given(grids=st.lists(layouts, min_size=1, max_size=4), keep=keeps)
+def test_shares_of_one_budget(
+    name: str, options: dict[str, Any], grids: list[list[Grid]], keep: float | int
+):
+    method = make(name, options)
+    units = [segments_of(layout) for layout in grids]
+    sizes = [sum(s.length for s in unit) for unit in units]
+    total = method.nominal(sum(sizes), keep)
+    if isinstance(keep, int) and total < len(units):
+        with pytest.raises(UnsupportedInputError, match="at least one token"):
+            method.allocate(units, keep)
+        return
+    shares = method.allocate(units, keep)
+    assert sum(shares) == max(total, len(units))
+    assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    for share, size in zip(shares, sizes, strict=True):
+        due = sum(shares) * size / sum(sizes)
+        assert abs(share - due) < 1 or min(shares) == 1
 
 
 @every_method

@@ -136,7 +136,7 @@ def test_gradients_reach_what_is_kept():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"scope": "prompt"}, "allowed are tile, image"),
+        ({"scope": "batch"}, "allowed are tile, image, prompt"),
         ({"newlines": "lost"}, "allowed are kept, dropped, candidates"),
         ({"scope": "tile", "newlines": "candidates"}, "needs scope='image'"),
     ],

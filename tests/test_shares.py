@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Evidence, VisualTokens
 from vlmcompress.methods.connector.hired import HiRED
-from vlmcompress.methods.ops.shares import apportion
+from vlmcompress.methods.ops.shares import apportion, at_least_one
 
 
 @settings(max_examples=200, deadline=None)
@@ -40,6 +40,22 @@ def test_apportion_is_exact_and_within_limits(data):
 )
 def test_apportion_examples(total, weights, limits, shares):
     assert apportion(total, weights, limits) == shares
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_at_least_one(shares):
+    if sum(shares) < len(shares):
+        return
+    raised = at_least_one(shares)
+    assert sum(raised) == sum(shares)
+    assert min(raised) >= 1
+    if min(shares) >= 1:
+        assert raised == shares
+
+
+def test_at_least_one_takes_from_the_largest():
+    assert at_least_one([0, 5, 5, 0]) == [1, 4, 4, 1]
 
 
 def _image(content: torch.Tensor, across: int = 2) -> VisualTokens:

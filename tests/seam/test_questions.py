@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from tests import tiny
 from tests.seam.equalities import RandomSource, asking, world
+from tests.seam.test_conversation import Talk
 from vlmcompress import (
     ConfigTypeError,
     EvidenceError,
@@ -20,7 +21,7 @@ from vlmcompress import (
     patch,
 )
 from vlmcompress.live.clip import source_of
-from vlmcompress.live.question import Asked, found, turn_marks
+from vlmcompress.live.question import found, rows_of, turn_marks
 from vlmcompress.reference import load, load_text_head, prompt
 
 
@@ -107,10 +108,21 @@ def test_an_earlier_stage_thins_out_the_patches_too(source):
         )
 
 
+@torch.no_grad()
+def test_images_of_a_later_turn_belong_to_the_rows_that_bring_them(source):
+    model = tiny.build("llava")
+    with patch(model, "cdpruner", keep=5, clip=source, question=["first", "second"]):
+        talk = Talk(model, rows=2)
+        for seed in range(2):
+            source.heard.clear()
+            talk.say(1, 6, seed=seed)
+            talk.answer()
+            assert source.heard == ["first", "second"]
+
+
 def test_rows_of_images():
-    asked = Asked(RandomSource(3), ("a", "b", "c"), (18, 0, 14))
-    assert asked._rows([9, 9, 14]) == [0, 0, 2]
-    assert asked._rows([9, 9, 14, 99]) == [0, 0, 2, 2]
+    assert rows_of((18, 0, 14), [9, 9, 14]) == [0, 0, 2]
+    assert rows_of((18, 0, 14), [9, 9, 14, 99]) == [0, 0, 2, 2]
 
 
 # --- what is missing or wrong --------------------------------------------------------------------

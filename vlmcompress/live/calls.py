@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmcompress.core.costs import prefill_flops
@@ -58,9 +59,24 @@ def carries_images(call: Mapping[str, Any]) -> bool:
 
 
 def encode(
-    model: Any, state: State, pipeline: Pipeline, call: Mapping[str, Any], watch: Stopwatch
+    model: Any,
+    state: State,
+    pipeline: Pipeline,
+    call: Mapping[str, Any],
+    watch: Stopwatch,
+    *,
+    generating: bool = False,
 ) -> Encoded:
-    """Compressed tokens of the images of `call`, or those that it brings along."""
+    """Compressed tokens of the images of `call`, or those that it brings along.
+
+    Args:
+        model: the outer model.
+        state: what `patch` put on it.
+        pipeline: the methods.
+        call: the caller's arguments.
+        watch: the stage clock.
+        generating: whether the ids of a later turn are those of the whole conversation.
+    """
     given = call.get("mm_encoder_outputs")
     if isinstance(given, CompressedEncoding):
         if has_pixels(call):
@@ -72,10 +88,26 @@ def encode(
         tower = state.family.tower(base)
         assert tower is not None  # evidence hooks exist only then
         state.evidence.refresh(tower.layers(state.family.tower_module(base)))
+    held = _held(model, call) if generating else 0
     about = None
     if pipeline.needs().text:
-        about = asked(model, call, state.clip, state.processor, state.question)
-    return Encoder(state.family, base, pipeline, watch, about).encode(call)
+        about = asked(model, call, state.clip, state.processor, state.question, held=held)
+    rows = []
+    if pipeline.shares_prompts:
+        new = inputs.require_ids(call)[:, held:]
+        rows = torch.eq(new, model.config.image_token_id).sum(1).tolist()
+    return Encoder(state.family, base, pipeline, watch, about, rows).encode(call)
+
+
+def _held(model: Any, call: Mapping[str, Any]) -> int:
+    """Columns of the conversation's ids that are in the call's cache; its images fill the others."""
+    cache = call.get("past_key_values")
+    if cache is None or cache.get_seq_length() == 0:
+        return 0
+    known = conversation.record_of(cache)
+    if known is None:
+        return int(cache.get_seq_length())
+    return conversation.columns_held(known, cache, model, len(inputs.require_ids(call)))
 
 
 def prepare(model: Any, state: State, call: dict[str, Any], *, generating: bool) -> ShortCall:
@@ -84,7 +116,7 @@ def prepare(model: Any, state: State, call: dict[str, Any], *, generating: bool)
     if not state.active:
         pipeline = pipeline.switched_off()
     watch = Stopwatch(inputs.require_ids(call).device)
-    encoded = encode(model, state, pipeline, call, watch)
+    encoded = encode(model, state, pipeline, call, watch, generating=generating)
     call = {name: value for name, value in call.items() if name != "question"}
     preparation = _Preparation(model, state, pipeline, call, encoded, watch, generating)
     cache = call.get("past_key_values")

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.errors import (
-    EvidenceError,
     UnsupportedInputError,
     UnsupportedModelError,
 )
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.families import Family
-from vlmcompress.families.base import Layout, Reduce
-from vlmcompress.live.question import Asked
+from vlmcompress.families.base import Layout
+from vlmcompress.live.captured import Captured
+from vlmcompress.live.question import Asked, rows_of
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
 from vlmcompress.live.towerrun import TowerRun
 from vlmcompress.methods.pipeline import Pipeline, Stage
-from vlmcompress.methods.stages import Group, Resolved, run_stages
+from vlmcompress.methods.stages import NAN_REMEDY, Group, Resolved, run_stages
 
 #: The arguments that carry an image's pixels, in every supported family.
 PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_images")
@@ -97,9 +97,20 @@ class Encoder:
         pipeline: Pipeline,
         watch: Stopwatch,
         asked: Asked | None = None,
+        placeholders: Sequence[int] = (),
     ) -> None:
+        """Make one.
+
+        Args:
+            family: facts about the model.
+            base: the model that holds tower and LLM.
+            pipeline: the methods.
+            watch: the stage clock.
+            asked: the questions, where a method reads them.
+            placeholders: of images, in each row of the batch, where a budget is that of a prompt.
+        """
         self._family, self._base, self._pipeline, self._watch = family, base, pipeline, watch
-        self._asked = asked
+        self._asked, self._placeholders = asked, placeholders
         self._tower_began: Any = None
         self._connector_began: Any = None
         self._tower = family.tower(base)
@@ -149,7 +160,7 @@ class Encoder:
             self._watch.add("connector", self._connector_began, self._watch.mark())
         with self._watch.span("selection"):
             groups = self._after_connector(output.pooler_output, first, session, arguments)
-            groups = run_stages(after, groups, self.depth)
+            groups = run_stages(after, groups, self.depth, self._prompts(groups))
         skipped = (
             0
             if session.skip_after is None or self.depth is None
@@ -215,14 +226,14 @@ class Encoder:
     ) -> Tensor:
         """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
         self._watch.add("tower", self._tower_began, self._watch.mark())
-        run = session.run if session.run is not None and session.run.reduced else None
+        run = session.reduced
         if run is not None:
             x = self._in_order(x, run)
         if self._asked is not None:
             self._see(x, session)
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
-            out += run_stages(stages, groups, self.depth)
+            out += run_stages(stages, groups, self.depth, self._prompts(groups))
             if run is None and _untouched(groups, out):
                 # Its strides choose the connector's kernel, and so the last bit in half precision.
                 self._connector_began = self._watch.mark()
@@ -242,20 +253,17 @@ class Encoder:
                 "alone."
             )
         if bool(x.isnan().any()):
-            raise UnsupportedInputError(
-                "The states of the vision tower hold NaN. Look at the pixels for NaN, and at the "
-                "model's dtype for overflow (float16 is too narrow for some towers; bfloat16 is "
-                "not)."
-            )
+            raise UnsupportedInputError(f"The states of the vision tower hold NaN. {NAN_REMEDY}")
         return torch.take_along_dim(x, order[..., None], 1)
 
     def _group(
         self, units: Sequence[Tensor], session: Session, arguments: Mapping[str, Any]
     ) -> list[Group]:
         """Images ([n_i, d] each) in groups of equal layouts, with their share of the evidence."""
-        run = session.run if session.run is not None and session.run.reduced else None
+        run = session.reduced
         lengths = [len(unit) if run is None else run.n_full for unit in units]
         layouts = self._family.layouts(self._base, arguments, lengths)
+        captured = Captured(self._family, self._base, session, arguments, lengths)
         owners: dict[tuple[int, Layout], list[int]] = {}
         for i, kind in enumerate(zip(lengths, layouts, strict=True)):
             owners.setdefault(kind, []).append(i)
@@ -270,12 +278,16 @@ class Encoder:
             )
             if run is not None:
                 group = group.regroup(features, run.source()[owner], run.assignment()[owner])
-            evidence = self._evidence(session, arguments, owner, layout, group.n)
+            evidence = captured.evidence(owner, layout, group.n)
             evidence = self._with_text(evidence, session, owner, lengths)
-            norms = self._norms(session, arguments, owner, layout, lengths)
-            evidence = dataclasses.replace(evidence, norms=norms)
             groups.append(dataclasses.replace(group, evidence=evidence))
         return groups
+
+    def _prompts(self, groups: Sequence[Group]) -> list[int]:
+        """The row of the batch that each image belongs to, where a budget is that of a prompt."""
+        if not self._placeholders:
+            return []
+        return rows_of(self._placeholders, [group.n_full for group, _ in _by_owner(groups)])
 
     def _with_text(
         self, evidence: Evidence, session: Session, units: Sequence[int], lengths: Sequence[int]
@@ -287,62 +299,6 @@ class Encoder:
         text = self._asked.text(units, lengths).to(states.device)
         patches = self._asked.source.patches(states.detach())
         return dataclasses.replace(evidence, text=text, patches=patches)
-
-    def _evidence(
-        self,
-        session: Session,
-        arguments: Mapping[str, Any],
-        units: Sequence[int],
-        layout: Layout,
-        n: int,
-    ) -> Evidence:
-        run = session.run
-
-        def by_token(layer: int, values: Sequence[Tensor], reduce: Reduce) -> Tensor:
-            if run is not None and run.reduced:
-                values = [run.followed(layer, value, reduce) for value in values]
-            return self._family.by_token(self._base, arguments, values, units, layout, reduce)
-
-        def rows(captured: Mapping[int, list[Tensor]]) -> dict[int, Tensor]:
-            return {layer: by_token(layer, values, "sum") for layer, values in captured.items()}
-
-        def keys(layer: int, values: list[Tensor]) -> Tensor:
-            by_patch = [value.permute(0, 2, 3, 1) for value in values]
-            return by_token(layer, by_patch, "mean").permute(0, 3, 1, 2)
-
-        evidence = Evidence(
-            rows(session.cls_rows),
-            rows(session.received_rows),
-            {layer: keys(layer, values) for layer, values in session.keys.items()},
-            wide_cls_attention=rows(session.wide_rows),
-            cls_features=_cls_features(session, units),
-        )
-        for captured in (*evidence.cls_attention.values(), *evidence.received_attention.values()):
-            if captured.shape[-1] != n:
-                raise EvidenceError(
-                    f"The tower gives attention for {captured.shape[-1]} tokens but an image has "
-                    f"{n}; use a method that needs none, such as 'divprune'."
-                )
-        return evidence
-
-    def _norms(
-        self,
-        session: Session,
-        arguments: Mapping[str, Any],
-        units: Sequence[int],
-        layout: Layout,
-        lengths: Sequence[int],
-    ) -> Tensor | None:
-        """[units, n] length of the states that the connector reads, where it was asked for."""
-        norms, run = session.norms, session.reduced
-        if norms is None or self._tower is None:
-            return None
-        norms = norms[..., int(self._tower.has_cls) :]
-        if run is not None:
-            return norms.gather(1, run.order())[list(units)]
-        views = [norms[:, None]] if norms.ndim > 1 else _per_image(norms, lengths)
-        by_token = self._family.by_token(self._base, arguments, views, units, layout, reduce="mean")
-        return by_token[:, 0]
 
     def _after_connector(
         self, pooled: Any, first: list[Group], session: Session, arguments: Mapping[str, Any]
@@ -361,12 +317,6 @@ class Encoder:
         ]
 
 
-def _per_image(norms: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """A packed row ([patches of all images]) as [1, 1, patches] of each, by their tokens."""
-    patches = len(norms) // sum(lengths)
-    return [part[None, None] for part in norms.split([n * patches for n in lengths])]
-
-
 def _untouched(before: Sequence[Group], after: Sequence[Group]) -> bool:
     """Whether every stage was bypassed."""
     return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
@@ -376,14 +326,6 @@ def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
     """(group, row) of every image, in the order of the images."""
     places = [(group, i) for group in groups for i in range(len(group.owner))]
     return sorted(places, key=lambda place: int(place[0].owner[place[1]]))
-
-
-def _cls_features(session: Session, units: Sequence[int]) -> Tensor | None:
-    """[units, d] what the connector would read of [CLS]."""
-    if not session.state_layers:
-        return None
-    states = [session.cls_states[layer] for layer in session.state_layers]
-    return torch.cat(states, -1)[list(units)]
 
 
 def _collect(

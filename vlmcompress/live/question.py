@@ -44,7 +44,7 @@ class Asked:
         Returns:
             [images, m, e], short ones filled up with rows of zeros.
         """
-        rows = self._rows(lengths)
+        rows = rows_of(self.placeholders, lengths)
         wanted = [self.questions[rows[i]] for i in images]
         new = [text for text in dict.fromkeys(wanted) if text not in self.known]
         if new:
@@ -52,17 +52,28 @@ class Asked:
         parts = [self.known[text] for text in wanted]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
-    def _rows(self, lengths: Sequence[int]) -> list[int]:
-        """The row of each image: images fill the placeholders in their order."""
-        ends = torch.tensor(self.placeholders).cumsum(0)
-        starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-        # Too many images are an error that is raised where they are placed.
-        rows = torch.searchsorted(ends, starts, right=True).clamp(max=len(ends) - 1)
-        return rows.tolist()
+
+def rows_of(placeholders: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The row of the batch that each image belongs to: images fill the placeholders in their order.
+
+    Args:
+        placeholders: of images, in each row.
+        lengths: tokens of every image.
+    """
+    ends = torch.tensor(placeholders).cumsum(0)
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    # Too many images are an error that is raised where they are placed.
+    return torch.searchsorted(ends, starts, right=True).clamp(max=len(ends) - 1).tolist()
 
 
 def asked(
-    model: Any, call: Mapping[str, Any], source: TextSource | None, processor: Any, given: Any
+    model: Any,
+    call: Mapping[str, Any],
+    source: TextSource | None,
+    processor: Any,
+    given: Any,
+    *,
+    held: int = 0,
 ) -> Asked:
     """The questions of a call.
 
@@ -72,6 +83,7 @@ def asked(
         source: from `patch(clip=...)`.
         processor: from `patch(processor=...)`; the question is found in the prompt by its template.
         given: from `patch(question=...)`.
+        held: columns of the ids that are in the call's cache; its images fill those that follow.
 
     Raises:
         MissingTextError: when there is no source, or neither a question nor a processor.
@@ -88,7 +100,7 @@ def asked(
             "The method reads the question, and images came without input_ids, which say whose "
             "question each image belongs to."
         )
-    placeholders = (ids == model.config.image_token_id).sum(1).tolist()
+    placeholders = (ids[:, held:] == model.config.image_token_id).sum(1).tolist()
     questions = call.get("question") if call.get("question") is not None else given
     if questions is None:
         questions = found(model, ids, call.get("attention_mask"), processor)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core import keep as keeping
-from vlmcompress.core.errors import EvidenceError
+from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
 from vlmcompress.core.keep import AutoKeep, Keep
 from vlmcompress.core.tokens import Segment, VisualTokens
+from vlmcompress.methods.ops.shares import apportion, at_least_one
 from vlmcompress.methods.ops.topk import top_k
 from vlmcompress.methods.options import (
     Layer,
@@ -144,11 +145,36 @@ class TokenCompressor(Method):
             segments: the unit's rectangles of tokens.
             keep: fraction or count.
         """
-        return keeping.count(keep, sum(s.length for s in segments))
+        return self.nominal(sum(s.length for s in segments), keep)
+
+    def nominal(self, n: int, keep: float | int) -> int:
+        """What `keep` says of n tokens; methods whose released code rounds otherwise do, too."""
+        return keeping.count(keep, n)
 
     def allocate(self, units: Sequence[Sequence[Segment]], keep: float | int) -> list[int]:
-        """Tokens kept in each unit when a budget is shared over several; independent by default."""
-        return [self.tokens_kept(segments, keep) for segments in units]
+        """Shares of several units in one budget, in proportion to their tokens, at least 1 each.
+
+        Args:
+            units: rectangles of tokens of each.
+            keep: fraction of the tokens of all, or a count for all. A fraction that leaves fewer
+                tokens than units is raised to one token each.
+
+        Returns:
+            A count for each unit, known before any pixel is seen. They sum up to `nominal` of all
+            tokens.
+
+        Raises:
+            UnsupportedInputError: when a count is smaller than the number of units.
+        """
+        sizes = [sum(s.length for s in segments) for segments in units]
+        total = self.nominal(sum(sizes), keep)
+        if total < len(units) and isinstance(keep, int):
+            raise UnsupportedInputError(
+                f"A prompt has {len(units)} images and keep={keep} for all of them together; every "
+                "image keeps at least one token. Keep more, or give each image a budget of its own "
+                "with scope='image'."
+            )
+        return at_least_one(apportion(max(total, len(units)), sizes, sizes))
 
     def budget(self, tokens: VisualTokens, keep: float | int) -> int:
         """Tokens left of each unit, also where an earlier method has thinned them out."""

@@ -17,18 +17,20 @@ from torch import Tensor
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Segment, VisualTokens
 
-Scope: TypeAlias = Literal["tile", "image"]
+Scope: TypeAlias = Literal["tile", "image", "prompt"]
 Newlines: TypeAlias = Literal["kept", "dropped", "candidates"]
-SCOPES: tuple[Scope, ...] = ("tile", "image")
+SCOPES: tuple[Scope, ...] = ("tile", "image", "prompt")
 NEWLINES: tuple[Newlines, ...] = ("kept", "dropped", "candidates")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How the tokens of an image that was cut into tiles are put before a method.
+    """What a budget is for, and how the tokens of an image cut into tiles are put before a method.
 
     Attributes:
-        scope: what one budget is for: `tile` (each view of the image) or `image` (all together).
+        scope: what one budget is for: `tile` (each view of the image), `image` (all together) or
+            `prompt` (all images of a row of the batch, which get their shares before any pixel is
+            seen; within an image all views are together).
         newlines: what becomes of newline rows: `kept` beside the budget, `dropped`, or
             `candidates` like any other token (of the whole image).
     """
@@ -48,12 +50,13 @@ class Partition:
             raise ConfigError(f"newlines is {self.newlines!r}; allowed are {', '.join(NEWLINES)}.")
         if self.scope == "tile" and self.newlines == "candidates":
             raise ConfigError(
-                "newlines='candidates' needs scope='image': a newline belongs to no tile."
+                "newlines='candidates' needs scope='image' or 'prompt': a newline belongs to no "
+                "tile."
             )
 
     def columns(self, tile: Tensor) -> list[Tensor]:
         """Rows of each part, from the view ([n], -1 for newlines) that each row shows."""
-        if self.scope == "image":
+        if self.scope != "tile":
             everything = torch.ones_like(tile, dtype=torch.bool)
             return [(everything if self.newlines == "candidates" else tile >= 0).nonzero()[:, 0]]
         return [(tile == view).nonzero()[:, 0] for view in range(int(tile.max()) + 1)]
@@ -63,6 +66,13 @@ class Partition:
         if self.newlines == "kept":
             return (tile < 0).nonzero()[:, 0]
         return tile.new_zeros(0)
+
+
+    def candidates(self, group: VisualTokens) -> list[int]:
+        """Tokens of each image among which a budget of the image chooses."""
+        if group.tile is None or self.newlines == "candidates":
+            return [group.n] * len(group.features)
+        return (group.tile[group.index] >= 0).sum(1).tolist()
 
 
 def in_parts(group: VisualTokens) -> bool:

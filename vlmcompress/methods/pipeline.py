@@ -104,6 +104,11 @@ class Pipeline:
         )
         return self.stages[:cut], self.stages[cut:]
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the budget of any stage is that of a whole prompt."""
+        return any(stage.partition.scope == "prompt" for stage in self.stages)
+
     def needs(self) -> Needs:
         """What all stages together ask for."""
         return Needs.together(stage.needs() for stage in self.stages)
@@ -199,6 +204,11 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
             f"{method.name!r} ranks none; use a method with scores, such as 'vtc_cls'."
         )
     keep = _checked(config.keep, method)
+    if isinstance(keep, AutoKeep) and partition.scope == "prompt":
+        raise ConfigError(
+            "scope='prompt' shares one budget over the images of a prompt, and keep='auto' is "
+            "decided for each image; give a fraction or a count, or another scope."
+        )
     return Stage(_seeded(method, seed), keep, method, partition, outliers)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.keep import AutoKeep, auto_count
-from vlmcompress.core.tokens import Evidence, VisualTokens
+from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.methods.base import (
     AdaptiveCompressor,
     Layer,
@@ -60,11 +60,59 @@ class Resolved:
         return self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
 
 
-def run_stages(stages: Sequence[Stage], groups: list[Group], depth: int | None) -> list[Group]:
-    """Apply stages to groups of equally long images; groups split where counts come to differ."""
+def run_stages(
+    stages: Sequence[Stage],
+    groups: list[Group],
+    depth: int | None,
+    prompts: Sequence[int] = (),
+) -> list[Group]:
+    """Apply stages to groups of equally long images; groups split where counts come to differ.
+
+    Args:
+        stages: applied in order.
+        groups: of all images of a call.
+        depth: layers of the tower, where they are known.
+        prompts: the row of the batch that each image belongs to, for budgets of whole prompts.
+    """
     for stage in stages:
-        groups = [out for group in groups for out in _run(stage, group, depth)]
+        runs = [(stage, group) for group in groups]
+        if stage.partition.scope == "prompt":
+            runs = _shared(stage, groups, prompts)
+        groups = [out for own, group in runs for out in _run(own, group, depth)]
     return groups
+
+
+def _shared(
+    stage: Stage, groups: Sequence[Group], prompts: Sequence[int]
+) -> list[tuple[Stage, Group]]:
+    """The stage with each image's share of its prompt's budget; images of equal shares together."""
+    shares = _shares(stage, groups, prompts)
+    runs = []
+    for group in groups:
+        counts = [shares[owner] for owner in group.owner.tolist()]
+        for count in sorted(set(counts)):
+            units = torch.tensor([i for i, own in enumerate(counts) if own == count])
+            same = group if len(units) == len(counts) else group.take_units(units)
+            runs.append((dataclasses.replace(stage, keep=count), same))
+    return runs
+
+
+def _shares(stage: Stage, groups: Sequence[Group], prompts: Sequence[int]) -> dict[int, int]:
+    """Count of every image."""
+    assert not isinstance(stage.keep, AutoKeep)  # `build` has seen to it
+    images: dict[int, dict[int, tuple[Segment, ...]]] = {}
+    for group in groups:
+        sizes = stage.partition.candidates(group)
+        for owner, n in zip(group.owner.tolist(), sizes, strict=True):
+            whole = (Segment("image", (1, 1, n), slice(0, n)),)
+            segments = whole if in_parts(group) else group.current_segments
+            images.setdefault(prompts[owner], {})[owner] = segments
+    shares: dict[int, int] = {}
+    for units in images.values():
+        owners = sorted(units)
+        counts = stage.method.allocate([units[owner] for owner in owners], stage.keep)
+        shares.update(zip(owners, counts, strict=True))
+    return shares
 
 
 def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
@@ -166,7 +214,7 @@ def _counts(stage: Stage, group: Group) -> list[int]:
         scores, outliers = method.score(group), group.evidence.outliers
         scores = scores if outliers is None else scores.masked_fill(outliers, 0)
         return auto_count(scores, keep.tau).tolist()
-    return method.allocate([group.current_segments] * b, keep)
+    return [method.tokens_kept(group.current_segments, keep)] * b
 
 
 def _evidence_for(method: TokenCompressor, group: Group, depth: int | None) -> Group:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from vlmcompress.core.tokens import Segment, VisualTokens
+from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import FeatureSpace, TokenCompressor
 from vlmcompress.methods.ops.diversity import select
 from vlmcompress.methods.parts import Partition
@@ -29,9 +28,8 @@ class DivPrune(TokenCompressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
     reads: ClassVar[FeatureSpace] = "llm"
 
-    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+    def nominal(self, n: int, keep: float | int) -> int:
         """`round(keep * n)` for a fraction, at least 1; a count is clamped to n."""
-        n = sum(s.length for s in segments)
         return min(n, keep if isinstance(keep, int) else max(1, round(keep * n)))
 
     def order(self, tokens: VisualTokens, keep: float | int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core.errors import ConfigError, EvidenceError
-from vlmcompress.core.tokens import Segment, VisualTokens
+from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import Layer, Needs, TokenPruner, check_layers
 from vlmcompress.methods.ops.shares import apportion
 from vlmcompress.methods.ops.topk import top_k
@@ -60,9 +59,8 @@ class HiRED(TokenPruner):
         """Two [CLS] rows."""
         return Needs(cls_attention=(self.layer, self.budget_layer))
 
-    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+    def nominal(self, n: int, keep: float | int) -> int:
         """`int(n * keep)` for a fraction, at least 1; a count is clamped to n."""
-        n = sum(s.length for s in segments)
         return min(n, keep if isinstance(keep, int) else max(1, int(n * keep)))
 
     def score(self, tokens: VisualTokens) -> Tensor:

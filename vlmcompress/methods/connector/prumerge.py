@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmcompress.core.tokens import Segment, VisualTokens
+from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import (
     AdaptiveCompressor,
     FeatureSpace,
@@ -70,11 +69,10 @@ class PruMerge(AdaptiveCompressor):
         """The released order is none."""
         return not self.faithful
 
-    def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
+    def nominal(self, n: int, keep: float | int) -> int:
         """The common count; with `faithful=True`, `int(n * keep) + 1` for a fraction."""
         if not self.faithful or isinstance(keep, int):
-            return super().tokens_kept(segments, keep)
-        n = sum(s.length for s in segments)
+            return super().nominal(n, keep)
         return min(n, int(n * keep) + 1)
 
     def counts(self, tokens: VisualTokens) -> list[int]:

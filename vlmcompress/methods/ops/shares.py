@@ -30,3 +30,16 @@ def apportion(total: int, weights: Sequence[float], limits: Sequence[int]) -> li
             step[i] += 1
         shares = [s + d for s, d in zip(shares, step, strict=True)]
     return shares
+
+
+def at_least_one(shares: Sequence[int]) -> list[int]:
+    """Shares none of which is 0: what is missing is taken from the largest, ties from the first.
+
+    Args:
+        shares: that sum up to at least their number.
+    """
+    raised = list(shares)
+    while 0 in raised:
+        raised[raised.index(max(raised))] -= 1
+        raised[raised.index(0)] += 1
+    return raised
