@@ -33,4 +33,7 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ats", {}),
     ("sta", {}),
     ("zero_tprune", {"rounds": (4, 2, 1)}),
+    ("token_clustering", {"reconstruct": False}),
+    ("vomix", {"temperature": 0.1}),
+    ("hvt", {"pooling": "average"}),
 )

@@ -55,7 +55,7 @@ def test_counts_places_and_masses(
 ):
     method, n = make(name, options), side * side
     k = max(method.tokens_kept(n, share), -(-n // 2))
-    if name == "sta":
+    if name in ("sta", "token_clustering"):
         k = method.tokens_kept(n, share)
     if k == n:
         return

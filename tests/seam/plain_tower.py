@@ -83,7 +83,7 @@ def run(
 def _block(
     block: Any, layer: int, rows: Rows, rule: Rule, left: int, cls: int, weighed: bool, place: str
 ) -> Rows:
-    act = left < len(rows.x) - cls
+    act = left != len(rows.x) - cls  # some bring patches back
     seen, mixed = _attend(block, rows, weighed)
     if act and place == "before":
         rows = rule(layer, seen, left)

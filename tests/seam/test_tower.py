@@ -22,15 +22,23 @@ from vlmcompress import (
 )
 from vlmcompress.families import family_of
 from vlmcompress.methods import create, get
+from vlmcompress.methods.pipeline import build
 
 FAMILIES = ("llava", "llava_siglip", "paligemma")
+#: How methods are named here that leave all patches in the tower's output unless told otherwise.
+SPECS = {"token_clustering": "token_clustering(reconstruct=False)"}
 PAIRS = [
-    (family, name)
+    (family, SPECS.get(name, name))
     for family in FAMILIES
     for name, _ in TOWER_METHODS
     if family == "llava" or not get(name).needs_cls
 ]
 pairs = pytest.mark.parametrize(("family", "name"), PAIRS)
+
+
+def created(spec: str) -> Any:
+    """The method of a spec, with the options it has there."""
+    return build(spec, 0.5).templates[0]
 
 
 def connector_input(model: Any, call: dict[str, Tensor], spec: Any, **more: Any) -> Any:
@@ -96,13 +104,13 @@ def test_later_blocks_see_fewer_rows(family, name):
             )
     _, record = connector_input(model, call, name, keep=0.4)
     cls, plan = int(family == "llava"), record.tower_patches
-    place = create(name).place
+    place = created(name).place
     before = (25, *plan[:-1])
     for i in range(len(plan)):
         assert seen[i, "self_attn"] == cls + (plan if place == "before" else before)[i]
         assert seen[i, "mlp"] == cls + (before if place == "after" else plan)[i]
     assert (len(plan), "mlp") not in seen
-    assert plan[-1] == 10
+    assert plan[-1] == created(name).tokens_kept(25, 0.4)
     assert "patches after each tower layer" in "\n".join(record.lines())
 
 
@@ -194,7 +202,7 @@ def test_keep_is_for_the_stage_after_the_tower():
         assert handle.last.tower_patches == (25, 25, 19, 15, 12)
 
 
-@pytest.mark.parametrize("name", [n for n, _ in TOWER_METHODS])
+@pytest.mark.parametrize("name", [SPECS.get(n, n) for n, _ in TOWER_METHODS])
 @pytest.mark.parametrize("layer", [0, 2, 4, 5])
 @torch.no_grad()
 def test_evidence_is_that_of_the_shortened_sequence(name, layer):
@@ -220,10 +228,10 @@ def test_evidence_is_that_of_the_shortened_sequence(name, layer):
     patched.remove()
     (tokens,) = seen
     (rows,) = tokens.evidence.cls_attention.values()
-    assert tokens.n == plan[-1] == 15
+    assert tokens.n == plan[-1] == created(name).tokens_kept(25, 0.6)
     weights = next(m for m in maps if m is not None)[:, :, 0, 1:]
     before = (25, *plan, plan[-1])[layer]
-    if create(name).place == "before":
+    if created(name).place == "before":
         before = (*plan, plan[-1])[layer]
     assert weights.shape[-1] == before
     if layer > 4:  # nothing was reduced since: the rows are those of the kernel, reordered
@@ -231,7 +239,7 @@ def test_evidence_is_that_of_the_shortened_sequence(name, layer):
             torch.testing.assert_close(got.sort().values, want.sort().values)
     elif before == 25 and layer == 0:
         for got, want, assignment in zip(rows, weights, tokens.assignment, strict=True):
-            for i in range(15):
+            for i in range(tokens.n):
                 share = want[:, assignment == i].sum(1)
                 torch.testing.assert_close(got[:, i], share)
 
@@ -284,7 +292,7 @@ def test_half_precision(family, name, dtype):
         logits = w.model(**w.call).logits
         assert logits.dtype == w.dtype
         assert logits.isfinite().all()
-        assert handle.last.tokens_after == (10, 10, 10)
+        assert handle.last.tokens_after == (created(name).tokens_kept(25, 0.4),) * 3
 
 
 # --- what cannot be -------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Captured:
         reduce: Reduce,
     ) -> Tensor:
         """What was captured of a layer, brought through the reductions that came after it."""
-        run = self.session.reduced
+        run = self.session.acted
         if run is not None:
             values = [run.followed(layer, value, reduce) for value in values]
         return self._by_token(values, units, layout, reduce)

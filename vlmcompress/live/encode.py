@@ -167,9 +167,9 @@ class Encoder:
             else self.depth - 1 - session.skip_after
         )
         encoded = _collect(output, groups, wanted, skipped)
-        if run is None or not run.reduced:
+        if session.acted is None:
             return encoded
-        return dataclasses.replace(encoded, tower_patches=run.plan)
+        return dataclasses.replace(encoded, tower_patches=session.acted.plan)
 
     def _session(self, arguments: Mapping[str, Any]) -> tuple[Session, tuple[int, ...]]:
         # That this tower has what the methods look at was checked when they were chosen.

@@ -72,6 +72,11 @@ class Session:
         return self.run if self.run is not None and self.run.reduced else None
 
     @property
+    def acted(self) -> TowerRun | None:
+        """The same, also if all of them left it and only some blocks saw fewer."""
+        return self.run if self.run is not None and self.run.acted else None
+
+    @property
     def idle(self) -> bool:
         """Whether no block's attention runs right now that evidence could be read from."""
         return self.run is not None and self.run.half in ("ahead", "mlp")

@@ -36,7 +36,7 @@ class TowerRun:
         self._state: TowerState | None = None
         self._layer = -1
         self._held: Tensor | None = None
-        self._sources: dict[int, Tensor] = {}
+        self._seen: dict[int, TowerState] = {}
         self._plain_output = False
         self.half: Literal["ahead", "attention", "mlp"] | None = None
 
@@ -55,6 +55,11 @@ class TowerRun:
     def reduced(self) -> bool:
         """Whether fewer patches left the tower than came in."""
         return self.began and self.state.patches < self.n_full
+
+    @property
+    def acted(self) -> bool:
+        """Whether any block saw fewer patches than came in, also where all left the tower."""
+        return self.began and any(left < self.n_full for left in self._plan)
 
     @property
     def n_full(self) -> int:
@@ -106,7 +111,7 @@ class TowerRun:
             self._begin(hidden)
         self._layer = layer
         if not self._acts(layer):
-            return forward(hidden)
+            return self._given_back(layer, forward(hidden))
         place, k = self._method.place, self._plan[layer]
         if place == "before":
             if self.reads(layer):
@@ -122,6 +127,14 @@ class TowerRun:
         output = forward(hidden)
         self.half = None
         return output
+
+    def _given_back(self, layer: int, hidden: Tensor) -> Tensor:
+        """A block's output, its patches made again where the plan rises."""
+        if layer >= len(self._plan) or self._plan[layer] <= self.state.patches:
+            return hidden
+        whole = dataclasses.replace(self.state, hidden=hidden).restored()
+        self._state = _without_rows(whole)
+        return whole.hidden
 
     @torch.no_grad()
     def _look_ahead(self, module: nn.Module, hidden: Tensor) -> None:
@@ -146,8 +159,7 @@ class TowerRun:
     def _reduce(self, hidden: Tensor, k: int) -> Tensor:
         state = dataclasses.replace(self.state, hidden=hidden)
         short = self._method.reduce(self._layer, state, k)
-        # The rows are the next block's business; keeping them here would keep them alive.
-        self._state = dataclasses.replace(short, hidden=hidden[:, :0].detach(), attention=None)
+        self._state = _without_rows(short)
         return short.hidden
 
     def hold(self, hidden: Tensor) -> Tensor:
@@ -171,7 +183,7 @@ class TowerRun:
         if self.reads(layer):
             attention = TowerAttention(qk.q, qk.k, qk.scale, values, bias)
             self._state = dataclasses.replace(self.state, attention=attention)
-        self._sources[layer] = self.state.source
+        self._seen[layer] = _without_rows(self.state)
         return dataclasses.replace(qk, bias=bias)
 
     def order(self) -> Tensor:
@@ -190,9 +202,30 @@ class TowerRun:
 
     def followed(self, layer: int, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
         """Evidence of `layer` ([b, heads, n_layer], patches only) as that of the final rows."""
-        source = self._sources[layer][:, self._cls_rows :]
+        seen = self._seen[layer]
+        if not self.reduced:
+            return _spread(seen, values, how)
+        source = seen.source[:, self._cls_rows :]
         moved = self.assignment().gather(1, source)
         fold = group_sum if how == "sum" else group_mean
         flat = values.flatten(1, -2).transpose(1, 2)
         folded = fold(flat, moved, self.state.patches).transpose(1, 2)
         return folded.unflatten(1, values.shape[1:-1]).to(values.dtype)
+
+
+def _spread(seen: TowerState, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+    """Evidence of rows ([b, ..., n_layer]) as that of all patches: [b, ..., n_full].
+
+    A sum over a row's patches is shared among them, a mean is that of each; what was dropped has 0.
+    """
+    row = seen.assignment - seen.cls_rows
+    shape = (len(row), *[1] * (values.ndim - 2), -1)
+    if how == "sum":
+        values = values / seen.mass[:, seen.cls_rows :].view(shape)
+    spread = torch.take_along_dim(values, row.clamp(min=0).view(shape), -1)
+    return spread * (row >= 0).view(shape)
+
+
+def _without_rows(state: TowerState) -> TowerState:
+    """What is remembered of a state; its rows are the next block's, and would be kept alive."""
+    return dataclasses.replace(state, hidden=state.hidden[:, :0].detach(), attention=None)

@@ -43,6 +43,9 @@ BUILTIN: dict[str, str] = {
     "ats": "vlmcompress.methods.tower.ats:ATS",
     "sta": "vlmcompress.methods.tower.sta:STA",
     "zero_tprune": "vlmcompress.methods.tower.zero_tprune:ZeroTPrune",
+    "token_clustering": "vlmcompress.methods.tower.token_clustering:TokenClustering",
+    "vomix": "vlmcompress.methods.tower.vomix:VoMix",
+    "hvt": "vlmcompress.methods.tower.hvt:HVT",
 }
 
 

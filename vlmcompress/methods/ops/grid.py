@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+from vlmcompress.core.errors import ConfigError
+
 Grid = tuple[int, int, int]
 
 
@@ -28,6 +30,22 @@ def centres(length: int, k: int) -> list[int]:
 def edges(length: int, cells: int) -> list[tuple[int, int]]:
     """`range(length)` cut into `cells <= length` half-open, nearly equal intervals."""
     return list(pairwise(i * length // cells for i in range(cells + 1)))
+
+
+def side_of(method: str, n: int) -> int:
+    """The side of a square map of `n` patches.
+
+    Args:
+        method: name for messages.
+        n: patches.
+
+    Raises:
+        ConfigError: when they form no square.
+    """
+    side = math.isqrt(n)
+    if side * side != n:
+        raise ConfigError(f"{method} needs a square map of patches, and there are {n}.")
+    return side
 
 
 def spread(grid: Grid, k: int) -> list[int]:
@@ -67,6 +85,18 @@ def nearest_grid(grid: Grid, k: int) -> Grid:
         key=lambda cells: (_distortion(cells[0] * w, cells[1] * h), -math.prod(cells), -cells[1]),
     )
     return (frames, rows, columns)
+
+
+def squarest(side: int, k: int) -> tuple[int, int]:
+    """(rows, columns) of the squarest grid of exactly `k` cells, at most `side` either way.
+
+    Raises:
+        ConfigError: when no grid has that many.
+    """
+    fitting = [(r, k // r) for r in range(1, side + 1) if k % r == 0 and k // r <= side]
+    if not fitting:
+        raise ConfigError(f"No grid of at most {side} x {side} cells has {k} of them.")
+    return min(fitting, key=lambda cells: (_distortion(*cells), cells[0]))
 
 
 def _distortion(a: int, b: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from vlmcompress.core.errors import ConfigError
 
@@ -32,6 +33,11 @@ def geometric(n: int, k: int, steps: int) -> list[int]:
     """Patches left after each step when the same share stays at every step."""
     left = [math.floor(n * (k / n) ** ((i + 1) / steps) + 0.5) for i in range(steps)]
     return [*left[:-1], k]
+
+
+def repeated(n: int, steps: int, after: Callable[[int], int]) -> list[int]:
+    """Patches left after each step when one step leaves `after(n)` of n."""
+    return list(accumulate(range(steps), lambda now, _: after(now), initial=n))[1:]
 
 
 def removals(depth: int, r: int | Sequence[int], inflection: float = 0.0) -> list[int]:

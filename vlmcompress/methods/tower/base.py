@@ -75,6 +75,8 @@ class TowerState:
         cls_rows: how many leading rows are no patches.
         depth: layers of the tower.
         attention: of the block that runs; None unless the method reads it.
+        recipe: [b, n_full, patches] float32, weights of the rows by which every patch is made again
+            at the layer where the schedule says so; None where none will be.
     """
 
     hidden: Tensor
@@ -84,6 +86,7 @@ class TowerState:
     cls_rows: int
     depth: int
     attention: TowerAttention | None = None
+    recipe: Tensor | None = None
 
     @classmethod
     def whole(cls, hidden: Tensor, cls_rows: int, depth: int) -> TowerState:
@@ -133,6 +136,34 @@ class TowerState:
             mass=mass,
             source=self.source.gather(1, rows),
             assignment=beyond.gather(1, old),
+            recipe=None,
+        )
+
+    def restored(self) -> TowerState:
+        """All patches again, in their places, made of the rows by `recipe`.
+
+        Raises:
+            EvidenceError: without one.
+        """
+        if self.recipe is None:
+            raise EvidenceError(
+                "A schedule brings patches back that nothing says how to make again; the method "
+                "must set TowerState.recipe when it reduces."
+            )
+        first, x = self.cls_rows, self.hidden
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x[:, first:].to(self.recipe.dtype)
+            # A product per image: an image's patches do not depend on its batch.
+            made = torch.stack([w @ r for w, r in zip(self.recipe, rows, strict=True)])
+        whole = self.whole(torch.cat([x[:, :first], made.to(x.dtype)], 1), first, self.depth)
+        return dataclasses.replace(
+            self,
+            hidden=whole.hidden,
+            mass=whole.mass,
+            source=whole.source,
+            assignment=whole.assignment,
+            attention=None,
+            recipe=None,
         )
 
 
@@ -167,12 +198,15 @@ class TowerReducer(Method):
         return False
 
     def tokens_kept(self, n: int, keep: float | int) -> int:
-        """Patches left of `n`, known before any pixel is seen."""
+        """Patches left of `n`, known before any pixel is seen; the fewest, where they come back."""
         return keeping.count(keep, n)
 
     @abstractmethod
     def schedule(self, n: int, keep: float | int | None, depth: int, last: int) -> tuple[int, ...]:
         """Patches left after each layer from 0 to `last`.
+
+        They may rise once more to `n`: after that block patches are made again of the rows, by the
+        `recipe` that `reduce` has put into the state.
 
         Args:
             n: patches before.
