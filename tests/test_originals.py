@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.units import make, segments_of, tokens_for
+from tests.units import DEPTH, make, segments_of, tokens_for
 from vlmcompress.core.errors import ConfigError, ConfigTypeError, MissingTextError
 from vlmcompress.core.tokens import Evidence, VisualTokens
-from vlmcompress.methods import create, registry
+from vlmcompress.methods import create, pipeline, registry
 from vlmcompress.methods.base import AdaptiveCompressor
 from vlmcompress.methods.connector.scope import Scope
 from vlmcompress.methods.ops import merging
 from vlmcompress.methods.ops.diversity import cosine, covering, determinantal, thin_out
+from vlmcompress.methods.stages import run_stages
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -101,6 +102,36 @@ def test_visionzip_carries_cls_in_the_place_of_a_token_that_is_merged_away():
     assert kept.mass.sum(1).tolist() == [36, 36]
     assert all(len(set(row.tolist())) == 9 for row in kept.index)
     assert not method.raster_order
+
+
+def test_visionzip_packs_tiles_as_released_when_faithful():
+    """The whole view, dominant tokens of all tiles by place, [CLS] rows, contextual tokens."""
+    method = make("visionzip", {"contextual": 2, "faithful": True})
+    line = torch.arange(1, 3).repeat_interleave(3)
+    tile = torch.cat([torch.zeros(9, dtype=torch.long), line.repeat(3)])
+    tokens = dataclasses.replace(tokens_for(method, [(1, 3, 3), (1, 3, 6)]), tile=tile)
+    stages = pipeline.build("visionzip(contextual=2, faithful=True):5").stages
+    (out,) = run_stages(stages, [tokens], DEPTH)
+    views = []
+    for view in range(3):
+        columns = (tile == view).nonzero()[:, 0]
+        part = VisualTokens.from_features(
+            tokens.features[:, columns], evidence=tokens.evidence.select(columns.expand(2, -1))
+        )
+        kept = method.compress(part, 5)
+        views.append((columns[kept.index], kept.features))
+    for b in range(2):
+        whole, left, right = ((index[b], features[b]) for index, features in views)
+        dominant = torch.cat([left[0][1:3], right[0][1:3]])
+        order = dominant.argsort()
+        rows = [whole[0], dominant[order]]
+        rows += [left[0][:1], right[0][:1], left[0][3:], right[0][3:]]
+        assert torch.equal(out.index[b], torch.cat(rows))
+        features = [whole[1], torch.cat([left[1][1:3], right[1][1:3]])[order]]
+        features += [left[1][:1], right[1][:1], left[1][3:], right[1][3:]]
+        assert torch.equal(out.features[b], torch.cat(features))
+        assert (out.mass[b] == 0).nonzero()[:, 0].tolist() == [0, 9, 10]
+        assert out.mass[b].sum() == 27
 
 
 # --- PruMerge and PruMerge+ ----------------------------------------------------------------------

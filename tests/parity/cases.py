@@ -19,6 +19,7 @@ from vlmcompress.methods.base import AdaptiveCompressor, resolve_layer
 from vlmcompress.methods.connector.divprune import DivPrune
 from vlmcompress.methods.connector.scope import Scope
 from vlmcompress.methods.ops import merging
+from vlmcompress.methods.parts import Partition, run_in_parts
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,6 +108,8 @@ def _divprune(inputs: Arrays) -> Arrays:
 
 def _visionzip(inputs: Arrays) -> Arrays:
     """`hidden_states` [B, N+1, C], `keys_per_head` [B, H, N+1, hd], `cls_attn`, counts."""
+    if "tile_features" in inputs:
+        return _visionzip_tiles(inputs)
     hidden = torch.from_numpy(inputs["hidden_states"])
     keys = torch.from_numpy(inputs["keys_per_head"])[:, :, 1:].transpose(1, 2)
     dominant, contextual = int(inputs["dominant"]), int(inputs["contextual"])
@@ -126,6 +129,34 @@ def _visionzip(inputs: Arrays) -> Arrays:
     # The first row is [CLS], which is 0 there; patches count from 1.
     index = torch.cat([torch.zeros_like(kept.index[:, :1]), kept.index[:, 1:dominant] + 1], 1)
     return {"kept_idx_with_cls": index.numpy(), "output": kept.features.numpy()}
+
+
+def _visionzip_tiles(inputs: Arrays) -> Arrays:
+    """`tile_features` [tiles, d + c, D], `keep_idx_with_cls` [tiles, d], `grid_w|h`, `tile_side`.
+
+    What each tile keeps is given: [CLS], dominant tokens by place, contextual tokens. The library
+    joins them.
+    """
+    given, dominant = torch.from_numpy(inputs["tile_features"]), inputs["keep_idx_with_cls"]
+    side, k = int(inputs["tile_side"]), given.shape[1]
+    method = create("visionzip", contextual=k - dominant.shape[1], faithful=True)
+    assert isinstance(method, TokenCompressor)
+    tile = torch.arange(1, len(given) + 1).view(int(inputs["grid_h"]), int(inputs["grid_w"]))
+    tile = tile.repeat_interleave(side, 0).repeat_interleave(side, 1).flatten()
+    made = iter(zip(given, dominant, strict=True))
+
+    def run(part: VisualTokens) -> list[VisualTokens]:
+        rows, kept = next(made)
+        places = torch.from_numpy(np.sort(kept[1:])) - 1
+        free = torch.ones(part.n, dtype=torch.bool).index_fill(0, places, False).nonzero()[:, 0]
+        # [CLS] and contextual tokens take places that no dominant token has.
+        source = torch.cat([free[:1], places, free[1 : k - len(places)]])[None]
+        moved = torch.full((1, part.n), -1).scatter(1, source, torch.arange(k)[None])
+        return [part.regroup(rows[None], source, moved)]
+
+    tokens = VisualTokens.from_features(torch.zeros(1, len(tile), given.shape[2]), tile=tile)
+    (joined,) = run_in_parts(tokens, Partition(), lambda part: False, run, method.sections)
+    return {"output": joined.features[0].numpy()}
 
 
 def _prumerge(inputs: Arrays) -> Arrays:

@@ -14,7 +14,7 @@ FILES = sorted(Path(__file__).parent.glob("*.npz"))
 
 
 def test_all_cases_are_here():
-    assert len(FILES) == 54
+    assert len(FILES) == 55
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -138,6 +138,18 @@ class TokenCompressor(Method):
         """Whether rows come out in the order of their places, which original positions need."""
         return True
 
+    def sections(self, k: int, whole: bool) -> list[int]:
+        """Which section of an image's rows each of the k rows of one of its parts goes to.
+
+        Only asked for where rows come out in no raster order. Section 0 holds rows of all parts in
+        the order of their places; every other one, before or after it, those of part after part.
+
+        Args:
+            k: rows left of the part.
+            whole: whether the part is the view of the whole image.
+        """
+        return [0] * k
+
     def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
         """Tokens left of a unit, known before any pixel is seen.
 

@@ -20,6 +20,7 @@ from vlmcompress.core.tokens import Segment, VisualTokens
 Scope: TypeAlias = Literal["tile", "image", "prompt"]
 Newlines: TypeAlias = Literal["kept", "dropped", "candidates"]
 SCOPES: tuple[Scope, ...] = ("tile", "image", "prompt")
+Sections: TypeAlias = Callable[[int, bool], Sequence[int]]
 NEWLINES: tuple[Newlines, ...] = ("kept", "dropped", "candidates")
 
 
@@ -67,7 +68,6 @@ class Partition:
             return (tile < 0).nonzero()[:, 0]
         return tile.new_zeros(0)
 
-
     def candidates(self, group: VisualTokens) -> list[int]:
         """Tokens of each image among which a budget of the image chooses."""
         if group.tile is None or self.newlines == "candidates":
@@ -85,6 +85,7 @@ def run_in_parts(
     partition: Partition,
     spares: Callable[[VisualTokens], bool],
     run: Callable[[VisualTokens], list[VisualTokens]],
+    sections: Sections | None = None,
 ) -> list[VisualTokens]:
     """Apply a method to every part of every image, and put the parts together again.
 
@@ -94,6 +95,7 @@ def run_in_parts(
         spares: whether the method would leave a part untouched; if it spares all of them, the
             images stay as they are, newlines included.
         run: the method, from one part of some images to groups of equal length.
+        sections: for a method whose rows come in an order of their own, `TokenCompressor.sections`.
 
     Returns:
         Groups of equal length.
@@ -106,7 +108,7 @@ def run_in_parts(
             out.append(images)
             continue
         pieces = [_by_owner(run(part)) for part in parts]
-        out += _joined(images, columns, pieces, partition.left_over(tile))
+        out += _joined(images, columns, pieces, partition.left_over(tile), sections)
     return out
 
 
@@ -193,10 +195,12 @@ def _joined(
     columns: Sequence[Tensor],
     pieces: Sequence[dict[int, _Piece]],
     left_over: Tensor,
+    sections: Sections | None,
 ) -> list[VisualTokens]:
     """Images made of their pieces and of the rows that stay, those of equal length in one group.
 
-    The rows of a single piece keep the method's order; several are put in spatial order.
+    The rows of a single piece keep the method's order; several are put in spatial order, section
+    by section.
     """
     made: dict[int, list[tuple[int, Tensor, Tensor, Tensor]]] = {}
     for i, owner in enumerate(images.owner.tolist()):
@@ -211,7 +215,7 @@ def _joined(
         features = torch.cat([p.features for p in mine] + [images.features[i, left_over]])
         rows = torch.cat([*source, left_over])
         if len(mine) > 1 or len(left_over):
-            order = images.index[i, rows].argsort(stable=True)
+            order = _order(images, i, rows, mine, sections)
             number = torch.empty_like(order).scatter_(
                 0, order, torch.arange(len(order), device=order.device)
             )
@@ -226,3 +230,22 @@ def _joined(
         )
         for same in made.values()
     ]
+
+
+def _order(
+    images: VisualTokens, i: int, rows: Tensor, pieces: Sequence[_Piece], sections: Sections | None
+) -> Tensor:
+    """[k] the order of image i's rows ([k]): those of its pieces, then those that stay."""
+    places = images.index[i, rows]
+    if sections is None:
+        return places.argsort(stable=True)
+    assert images.tile is not None  # `in_parts` has seen to it
+    section, first = torch.zeros_like(places), 0
+    for piece in pieces:
+        k = len(piece.source)
+        if k < len(piece.moved):  # a part that the method left alone is in spatial order
+            whole = int(images.tile[places[first]]) == 0
+            section[first : first + k] = section.new_tensor(sections(k, whole))
+        first += k
+    order = torch.where(section == 0, places, 0).argsort(stable=True)
+    return order[section[order].argsort(stable=True)]

@@ -128,7 +128,8 @@ def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
     def run(part: Group) -> list[Group]:
         return _run_whole(stage, part, depth)
 
-    return run_in_parts(group, stage.partition, spares, run)
+    sections = None if stage.method.raster_order else stage.method.sections
+    return run_in_parts(group, stage.partition, spares, run, sections)
 
 
 def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:

@@ -38,8 +38,11 @@ class VisionZip(TokenCompressor):
     Rows come out in raster order, a contextual token at its own place. The released code counts
     [CLS] as one of the k and sends its state to the LLM first, then the dominant, then the
     contextual tokens; `faithful=True` does so too. The row of [CLS] then takes the place of the
-    first token that is merged away (its `index`) and has a mass of 0. `contextual=0`, which the
-    released code divides by, keeps the dominant tokens alone.
+    first token that is merged away (its `index`) and has a mass of 0. Of an image that was cut
+    into tiles come, as released, the rows of the whole view, the dominant tokens of all tiles in
+    the order of their places, the [CLS] rows and the contextual tokens, both tile by tile.
+
+    `contextual=0`, which the released code divides by, keeps the dominant tokens alone.
 
     Attributes:
         contextual: contextual tokens: a share of k (rounded half up, below k), or a count. The
@@ -74,6 +77,11 @@ class VisionZip(TokenCompressor):
     def raster_order(self) -> bool:
         """The released order is none."""
         return not self.faithful
+
+    def sections(self, k: int, whole: bool) -> list[int]:
+        """The whole view; dominant tokens, [CLS] and contextual tokens of tiles."""
+        contextual = self._contextual(k)
+        return [-1] * k if whole else [1, *[0] * (k - 1 - contextual), *[2] * contextual]
 
     def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
         """The common count; checks that it leaves room for a dominant token."""
