@@ -87,6 +87,9 @@ def test_version(run):
 def test_methods(run):
     rows = json.loads(run("methods", "--json").stdout)["methods"]
     assert [row["name"] for row in rows] == registry.names()
+    assert {"stage", "evidence", "text_aware", "count_kind", "paper", "parity"} <= set(rows[0])
+    headings = ("method", "evidence", "count kind", "training-free", "parity")
+    assert all(heading in run("methods").stdout.splitlines()[0] for heading in headings)
     assert all(name in run("methods").stdout for name in registry.names())
 
 

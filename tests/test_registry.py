@@ -44,10 +44,24 @@ def test_documented_table_is_current():
 def test_table_rows():
     rows = {row["name"]: row for row in table.rows()}
     assert set(rows) == set(names())
-    assert all(set(row) == set(table.COLUMNS) for row in rows.values())
-    assert rows["vtc_cls"]["looks at"] == "[CLS] attention, layers -4, -3, -2"
-    assert rows["divprune"]["looks at"] == "features (LLM)"
-    assert rows["random"]["looks at"] == "places only"
+    assert all(list(row) == list(table.COLUMNS) for row in rows.values())
+    assert rows["vtc_cls"]["evidence"] == "[CLS] attention, layers -4, -3, -2"
+    assert rows["vscan"]["evidence"].startswith("[CLS] attention, layers 0.208, -2")
+    assert rows["divprune"]["evidence"] == "features (LLM)"
+    assert rows["random"]["evidence"] == "places only"
+    assert rows["cdpruner"]["text_aware"]
+    assert not rows["random"]["text_aware"]
+
+
+def test_table_says_which_original_results_are_met():
+    rows = {row["name"]: row for row in table.rows()}
+    assert rows["fastervlm"]["parity"] == ["fastervlm_a", "fastervlm_b"]
+    assert rows["random"]["parity"] == []
+    assert rows["tome"]["parity"] == rows["tome_tower"]["parity"]
+    assert rows["received_attention"]["parity"] == []  # its paper's code does another thing
+    assert table.cells(rows["ats"])[-1] == "ats_a"
+    assert table.cells(rows["fastervlm"])[-1] == "fastervlm_{a,b}"
+    assert table.cells(rows["uniform"])[-3:] == ["yes", "", "none"]
 
 
 def test_unknown_method():

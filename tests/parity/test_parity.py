@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.parity import index
 from tests.parity.cases import run
+from vlmcompress.methods import registry, table
 
 FILES = sorted(Path(__file__).parent.glob("*.npz"))
 
 
 def test_all_cases_are_here():
     assert len(FILES) == 55
+
+
+def test_the_table_of_methods_knows_them():
+    assert index.PATH.read_text() == index.as_text(), "run: python -m tests.parity"
+    cases = [case for row in table.rows(registry.BUILTIN) for case in row["parity"]]
+    assert {path.stem for path in FILES} == set(cases)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

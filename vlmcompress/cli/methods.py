@@ -6,9 +6,8 @@ from vlmcompress.cli.output import Json, emit, table
 
 
 def methods(as_json: Json = False) -> None:
-    """List the compression methods: where they act, what they look at, which paper they follow."""
-    from vlmcompress.methods.table import COLUMNS, rows
+    """List the compression methods: stage, evidence, kind of count, paper, and parity cases met."""
+    from vlmcompress.methods.table import COLUMNS, cells, rows
 
     found = rows()
-    cells = [[row[column] for column in COLUMNS] for row in found]
-    emit({"methods": found}, table(COLUMNS, cells), as_json)
+    emit({"methods": found}, table(list(COLUMNS.values()), [cells(row) for row in found]), as_json)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from itertools import takewhile
+from typing import Any
 
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import Layer, Method, TokenCompressor
 from vlmcompress.methods.tower.base import TowerReducer
 
-COLUMNS = ("name", "stage", "looks at", "text-aware", "count", "training-free", "paper")
+#: Keys of a row and what stands above them.
+COLUMNS: Mapping[str, str] = {
+    "name": "method",
+    "stage": "stage",
+    "evidence": "evidence",
+    "text_aware": "text-aware",
+    "count_kind": "count kind",
+    "training_free": "training-free",
+    "paper": "paper",
+    "parity": "parity",
+}
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 
 _SPACES = {"none": "", "tower": "features (tower)", "llm": "features (LLM)"}
 
 
-def rows(names: Iterable[str] | None = None) -> list[dict[str, str]]:
-    """One dict per method, keyed by `COLUMNS`.
+def rows(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """One dict per method, keyed by `COLUMNS`: texts, truth values, and a list of parity cases.
 
     Args:
         names: methods in the order wanted; every registered one, sorted, when not given.
@@ -23,13 +38,33 @@ def rows(names: Iterable[str] | None = None) -> list[dict[str, str]]:
     return [_row(name) for name in (registry.names() if names is None else names)]
 
 
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row as texts, in the order of `COLUMNS`."""
+    shown = {
+        **row,
+        "text_aware": _yes(row["text_aware"]),
+        "training_free": _yes(row["training_free"]),
+        "parity": _braced(row["parity"]) or "none",
+    }
+    return [str(shown[key]) for key in COLUMNS]
+
+
 def markdown(names: Iterable[str] | None = None) -> str:
     """The rows as a Markdown table; papers are linked, names set as code."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS)]
     for row in rows(names):
-        shown = {**row, "name": f"`{row['name']}`", "paper": _link(row["paper"])}
-        lines.append(tuple(shown[column] for column in COLUMNS))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parity = f"`{_braced(row['parity'])}`" if row["parity"] else "none"
+        name, *between, _, _ = cells(row)
+        lines.append([f"`{name}`", *between, _link(row["paper"]), parity])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@cache
+def parity_cases() -> Mapping[str, Sequence[str]]:
+    """Parity cases of each method, from the file that `python -m tests.parity` writes."""
+    text = files(__package__).joinpath("parity.json").read_text(encoding="utf-8")
+    cases: dict[str, list[str]] = json.loads(text)
+    return cases
 
 
 def insert(document: str) -> str:
@@ -45,18 +80,33 @@ def insert(document: str) -> str:
     return f"{head}{BEGIN}\n{markdown(registry.BUILTIN)}\n{END}{tail}"
 
 
-def _row(name: str) -> dict[str, str]:
+def _row(name: str) -> dict[str, Any]:
     method = registry.get(name)()
-    yes_no = ("no", "yes")
+    # A published name belongs to one method; its other place is told by the suffix.
+    cases = parity_cases().get(name.removesuffix("_tower"), ())
     return {
         "name": name,
         "stage": method.stage,
-        "looks at": _looks_at(method),
-        "text-aware": yes_no[method.needs().text],
-        "count": method.count_kind.replace("_", " "),
-        "training-free": yes_no[method.training_free],
+        "evidence": _looks_at(method),
+        "text_aware": method.needs().text,
+        "count_kind": method.count_kind,
+        "training_free": method.training_free,
         "paper": method.paper,
+        "parity": list(cases) if name in registry.BUILTIN else [],
     }
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _braced(cases: Sequence[str]) -> str:
+    """Names of cases as a shell would write them: `tome_{cls,max}`."""
+    if len(cases) < 2:
+        return "".join(cases)
+    words = zip(*(case.split("_") for case in cases), strict=False)
+    stem = "_".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, words))
+    return f"{stem}_{{{','.join(case.removeprefix(f'{stem}_') for case in cases)}}}"
 
 
 def _looks_at(method: Method) -> str:
@@ -81,7 +131,8 @@ def _in_blocks(method: TowerReducer) -> str:
 def _layers(what: str, layers: tuple[Layer, ...]) -> str:
     if not layers:
         return ""
-    return f"{what}, layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    numbers = ", ".join(f"{layer:.3g}" for layer in layers)
+    return f"{what}, layer{'s' if len(layers) > 1 else ''} {numbers}"
 
 
 def _link(paper: str) -> str:
