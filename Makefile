@@ -9,11 +9,12 @@ WORKERS ?= 2
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
+METHODS_ARGS ?=
 RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time demo test test-matrix test-matrix-report lint bench results reference-results readme
+.PHONY: support setup dist test-wheel import-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results readme
 
 setup: $(STAMP)
 
@@ -53,7 +54,13 @@ reference-results: $(STAMP)  ## the tables of the reference model and its target
 	$(BIN)/vlmcompress reference study --out $(RESULTS)/reference_eval.json
 	$(BIN)/python scripts/readme.py
 
-results: reference-results  ## the results files that the documentation quotes
+# Most of an hour on two cores, first questions, then times. Parts are kept in build/methods.parts:
+# a method's are measured anew when its file or the weights change. METHODS_ARGS=--fresh: all.
+methods-results: $(STAMP)  ## the table of all methods: accuracy and speed
+	$(BIN)/vlmcompress eval methods --out eval_harness/results/methods.json $(METHODS_ARGS)
+	$(BIN)/python scripts/readme.py
+
+results: reference-results methods-results  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
 
 readme: demo  ## pictures and tables of README.md and docs/ from results

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def measured(
 
     Returns:
         {name of the part: its result}, in the order of `parts`.
+
+    Raises:
+        Exception: the first that a part raised, once all others are measured and kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +66,29 @@ def measured(
 
 
 def computed(parts: Sequence[Part], processes: int) -> Iterator[tuple[Part, Any]]:
-    """Measure parts and yield them as they are done; the first error drops what has not begun."""
+    """Measure parts and yield them as they are done; an error is raised after all others.
+
+    What interrupts the caller drops the parts that have not begun.
+    """
+    errors: list[Exception] = []
+    for part, done in _futures(parts, processes) if processes else _here(parts):
+        try:
+            result = done()
+        except Exception as error:
+            errors.append(error)
+        else:
+            yield part, result
+    if errors:
+        raise errors[0]
+
+
+def _here(parts: Sequence[Part]) -> Iterator[tuple[Part, Callable[[], Any]]]:
+    for part in parts:
+        yield part, partial(part.work, *part.arguments)
+
+
+def _futures(parts: Sequence[Part], processes: int) -> Iterator[tuple[Part, Callable[[], Any]]]:
     if not parts:
-        return
-    if processes < 1:
-        for part in parts:
-            yield part, part.work(*part.arguments)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
@@ -75,7 +96,7 @@ def computed(parts: Sequence[Part], processes: int) -> Iterator[tuple[Part, Any]
         running = {pool.submit(part.work, *part.arguments): part for part in parts}
         try:
             for done in as_completed(running):
-                yield running[done], done.result()
+                yield running[done], done.result
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 from vlmcompress.core.errors import ConfigError
@@ -65,6 +72,13 @@ _SHAPES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = MappingProxyType(
         ),
     }
 )
+_CLIP_L_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+}
 _POOL = 1_048_583  # a prime, so that tiled rows do not repeat
 _BOS, _FIRST_TEXT = 1, 3
 
@@ -128,6 +142,39 @@ def build(
     _fill(model, seed)
     model.name_or_path = model.config._name_or_path = name
     return model.eval()
+
+
+def text_half(model: LlavaForConditionalGeneration, seed: int = 0) -> tuple[nn.Module, Any]:
+    """What `patch(clip=...)` takes: the text half of a CLIP ViT-L/14, with random weights.
+
+    Its vision half is a single block of the width of the model's tower, of which a text-aware
+    method uses the last normalisation and the projection.
+
+    Args:
+        model: a model of `build`.
+        seed: of the weights.
+
+    Returns:
+        A `CLIPModel` in the model's dtype and on its device, and a tokenizer that makes one id of
+        each word.
+    """
+    tower: Any = model.config.vision_config
+    vision = CLIPVisionConfig(**{**tower.to_dict(), "num_hidden_layers": 1})
+    shape = CLIPConfig(text_config=_CLIP_L_TEXT, vision_config=vision.to_dict(), projection_dim=768)
+    with no_init_weights(), model.device:
+        clip = CLIPModel._from_config(shape, dtype=model.dtype)
+    _fill(clip, seed)
+    return clip.eval(), _Words(clip.config.text_config.vocab_size)
+
+
+class _Words:
+    """A tokenizer's calls that `patch` makes, with a number for each word."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.bos_token_id, self.eos_token_id = vocabulary - 2, vocabulary - 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[len(word) for word in text.split()])
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval_harness.plots import plot_learning
+from eval_harness import tables
+from eval_harness.plots import plot_comparison, plot_learning
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
 from vlmcompress.reference.card import card, markdown, report
@@ -23,6 +24,7 @@ from vlmcompress.reference.weights import WEIGHTS_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
+METHODS = ROOT / "eval_harness" / "results" / "methods.json"
 _CLOCKS = ("wall", "cpu")
 
 
@@ -82,6 +84,38 @@ def reference_region(study: dict[str, Any]) -> str:
         f"chance that an object patch gets more [CLS] attention than a ground patch; mass: the "
         f"share of that attention on object patches. "
         f"{_source('assets/reference_eval.json', machine, 'make reference-results')}"
+    )
+
+
+def methods_region(results: dict[str, Any]) -> str:
+    """Every table of the comparison of all methods, and where they come from."""
+    source = _source("../eval_harness/results/methods.json", results["machine"], "make results")
+    plan, speed = results["plan"], results["speed"]
+    timed = ""
+    if speed is not None:
+        timed = (
+            f"Times: `{speed['shape']}` in {speed['dtype']} at keep {speed['keep']}, "
+            f"{speed['rounds']} rounds, {speed['machine']['threads']} threads. {speed['how']} "
+        )
+    return (
+        f"{tables.report(results)}\n\n"
+        f"Accuracy in %, unweighted mean over the kinds of questions, with a 95 % interval "
+        f"(bootstrap over images); differences to `random` are paired by question. `random` is the "
+        f"mean of {plan['seeds']} seeds. {tables.LEGEND}. {timed}{source}"
+    )
+
+
+def picture_region(results: dict[str, Any]) -> str:
+    """The curves of the comparison, for the first page."""
+    sizes = ", ".join(f"{w['questions']} about {name}" for name, w in results["worlds"].items())
+    return (
+        '<p align="center">\n'
+        '  <img src="docs/assets/methods.png" width="820" alt="Accuracy against the share of '
+        'visual tokens kept, for methods and controls in two worlds">\n'
+        "</p>\n\n"
+        f"Questions: {sizes}; [docs/results.md](docs/results.md) has all "
+        f"{len(results['methods'])} rows, with intervals and times. "
+        f"{_source('eval_harness/results/methods.json', results['machine'], 'make results')}"
     )
 
 
@@ -183,11 +217,17 @@ def documents() -> dict[Path, str]:
     readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
     study = stored(ASSETS / "reference_eval.json")
+    compared = stored(METHODS)
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    if compared is not None:
+        readme = insert(readme, "picture", picture_region(compared))
+        results = insert(results, "methods", methods_region(compared))
     return {
         ROOT / "README.md": insert(readme, "families", table),
         ROOT / "docs" / "reference-model.md": (
             reference if study is None else insert(reference, "reference", reference_region(study))
         ),
+        ROOT / "docs" / "results.md": results,
         WEIGHTS_DIR / "README.md": card(training_log(), study),
         ROOT / "docs" / "families.md": insert(families, "families", table),
         ROOT / "docs" / "exactness.md": _measured(
@@ -222,6 +262,9 @@ def main() -> None:
         for name in ("kept.png", "curve.png", "results.json"):
             shutil.copy(folder / name, ASSETS / name)
     plot_learning(training_log(), ASSETS / "learning.png")
+    compared = stored(METHODS)
+    if compared is not None:
+        plot_comparison(compared, ASSETS / "methods.png")
     for path, content in documents().items():
         path.write_text(content, encoding="utf-8")
 

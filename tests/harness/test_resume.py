@@ -48,11 +48,12 @@ def test_only_what_is_missing_damaged_or_of_another_identity_is_measured(tmp_pat
     assert CALLS == [2, 3, 1]
 
 
-def test_an_error_keeps_what_was_done(tmp_path):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_error_keeps_everything_else(tmp_path, processes):
     with pytest.raises(ValueError, match="negative"):
-        resume.measured(_parts(1, -1, 2), tmp_path)
+        resume.measured(_parts(1, -1, 2), tmp_path, processes=processes)
     assert json.loads((tmp_path / "part-1.json").read_text())["result"] == {"value": [1, 1]}
-    assert not (tmp_path / "part-2.json").exists()
+    assert json.loads((tmp_path / "part-2.json").read_text())["result"] == {"value": [2, 4]}
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -33,15 +33,15 @@ def keep_of(text: str) -> float | int | str:
         ) from None
 
 
-def words(text: str) -> list[str]:
-    """A comma-separated list.
+def words(text: str, separator: str = ",") -> list[str]:
+    """A comma-separated list, or one with another separator.
 
     Raises:
         ConfigError: when it is empty.
     """
-    found = [word.strip() for word in text.split(",") if word.strip()]
+    found = [word.strip() for word in text.split(separator) if word.strip()]
     if not found:
-        raise ConfigError(f"{text!r} is an empty list; separate values by commas.")
+        raise ConfigError(f"{text!r} is an empty list; separate values by {separator!r}.")
     return found
 
 

@@ -1,0 +1,114 @@
+"""`vlmcompress eval`: measure every method on the model that ships with the library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.values import REFERENCE, keep_of, location, words
+
+app = typer.Typer(no_args_is_help=True, help="Measure the methods against each other.")
+
+_SHOWN = 0.1
+
+
+@app.callback()
+def main() -> None:
+    """Measure the methods against each other."""
+
+
+@app.command()
+def methods(
+    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept in build/.")],
+    questions: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = 640,
+    text_questions: Annotated[
+        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
+    ] = 330,
+    methods: Annotated[
+        str, typer.Option(help="Separated by semicolons; every one where not given.")
+    ] = "",
+    keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "0.5,0.25,0.1,0.05,0.02",
+    positions: Annotated[str, typer.Option(help="Comma-separated.")] = "contiguous,original",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
+    weights: Annotated[
+        str, typer.Option(help="Folder of a model trained on the scenes.")
+    ] = REFERENCE,
+    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
+    speed: Annotated[bool, typer.Option(help="Time the methods on a model of --shape.")] = True,
+    shape: Annotated[str, typer.Option(help="Of the timed model.")] = "llava-1.5-1b",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per method.")] = 5,
+    parts: Annotated[
+        Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget the kept parts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy and speed of every method and control; a stopped run goes on.
+
+    A method's part is measured anew when its own source file, the weights, the versions or the
+    options change; after other changes to the library, --fresh measures all.
+    """
+    from eval_harness.comparison import Plan, compare, default_methods, save
+    from eval_harness.speed import SpeedPlan
+
+    plan = Plan(
+        questions={"objects": questions, **({"text": text_questions} if text_questions else {})},
+        methods=tuple(words(methods, ";")) if methods else default_methods(),
+        keeps=tuple(_fraction(keep) for keep in words(keeps)),
+        positions=tuple(words(positions)),
+        seeds=seeds,
+    )
+    timing = SpeedPlan(shape=shape, rounds=rounds) if speed else None
+    folder = parts or Path("build") / f"{out.stem}.parts"
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    with progress("parts", plan.parts(timing)) as bar:
+
+        def tick(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        results = compare(
+            plan,
+            folder,
+            speed=timing,
+            weights=location(weights),
+            processes=processes,
+            progress=tick,
+        )
+    save(results, out)
+    emit(results, _text(results), as_json)
+
+
+def _fraction(text: str) -> float:
+    from vlmcompress.core.errors import ConfigError
+
+    keep = keep_of(text)
+    if not isinstance(keep, float):
+        raise ConfigError(f"keep is {text!r}; methods are compared at fractions such as 0.1.")
+    return keep
+
+
+def _text(results: dict[str, Any]) -> str:
+    keeps = results["plan"]["keeps"]
+    keep = str(_SHOWN if _SHOWN in keeps else keeps[0])
+    mode = results["plan"]["positions"][0]
+    worlds = results["worlds"]
+    header = ["method", *(f"{name} %" for name in worlds)]
+    rows = [
+        [
+            method,
+            *(_percent(world["accuracy"][mode][keep].get(method)) for world in worlds.values()),
+        ]
+        for method in results["methods"]
+    ]
+    sizes = ", ".join(f"{world['questions']} about {name}" for name, world in worlds.items())
+    return f"{table(header, rows)}\n\nkeep {keep}, positions {mode}; questions: {sizes}"
+
+
+def _percent(estimate: list[float] | None) -> str:
+    return "-" if estimate is None else f"{100 * estimate[0]:.1f}"
