@@ -25,7 +25,11 @@ def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> 
         FLOPs, or None where the config does not describe a dense Llama-like stack.
     """
     shape = _shape(config)
-    return None if shape is None else layered_flops(config, [(length, length)] * shape[0], batch, logits)
+    return (
+        None
+        if shape is None
+        else layered_flops(config, [(length, length)] * shape[0], batch, logits)
+    )
 
 
 def layered_flops(

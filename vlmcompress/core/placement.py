@@ -135,6 +135,21 @@ def place(
     removed = ~stay
     if padding is not None:
         stay = stay & ~padding
+    index, valid = kept_columns(stay, side)
+    return Placement(index, valid, placeholders.shape[1], stay, removed, side)
+
+
+def kept_columns(stay: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """The columns that stay, packed together.
+
+    Args:
+        stay: [B, L] bool.
+        side: where rows that become shorter than others are padded.
+
+    Returns:
+        [B, L'] int64 columns, 0 at padding, and [B, L'] bool, which of them are no padding; L' is
+        the longest row's length, at least 1.
+    """
     counts = stay.sum(1)
     short = max(int(counts.max()), 1)
     order = (~stay).to(torch.uint8).argsort(dim=1, stable=True)[:, :short]
@@ -142,8 +157,7 @@ def place(
     if side == "left":
         columns = columns - (short - counts)[:, None]
     valid = (columns >= 0) & (columns < counts[:, None])
-    index = order.gather(1, columns.clamp(0, short - 1)).masked_fill(~valid, 0)
-    return Placement(index, valid, placeholders.shape[1], stay, removed, side)
+    return order.gather(1, columns.clamp(0, short - 1)).masked_fill(~valid, 0), valid
 
 
 def _unit_mask(lengths: Sequence[int], kept: Sequence[Tensor], device: torch.device) -> Tensor:

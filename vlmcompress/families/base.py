@@ -52,6 +52,8 @@ class Family:
             raster.
         rope: 1-D positions or M-RoPE.
         position_offset: what a plain forward adds to 0-based default positions.
+        sees_ahead: whether rows of a prompt see later ones (prefix or image blocks), so that masks
+            inside the language model must be cut out of the model's own.
         own_tower: how to read the tower of a family that always has the same one.
     """
 
@@ -63,6 +65,7 @@ class Family:
     merge_order: Literal["raster", "consecutive"] = "raster"
     rope: Literal["1d", "mrope"] = "1d"
     position_offset: int = 0
+    sees_ahead: bool = False
     own_tower: Tower | None = None
 
     def tower_module(self, base: nn.Module) -> nn.Module:

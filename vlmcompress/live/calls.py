@@ -22,7 +22,7 @@ from vlmcompress.live.encode import CompressedEncoding, Encoded, Encoder, fresh_
 from vlmcompress.live.question import asked
 from vlmcompress.live.state import State
 from vlmcompress.live.timing import Stopwatch
-from vlmcompress.methods.pipeline import Pipeline
+from vlmcompress.methods.pipeline import LayerStage, Pipeline
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ShortCall:
         cache: what the cache will carry; None when nothing was dropped.
         record: what the handle remembers.
         watch: the stage clock.
+        layers: what acts inside the language model.
     """
 
     arguments: dict[str, Any]
@@ -42,6 +43,7 @@ class ShortCall:
     cache: CacheRecord | None
     record: CallRecord
     watch: Stopwatch
+    layers: tuple[LayerStage, ...] = ()
 
 
 def carries_images(call: Mapping[str, Any]) -> bool:
@@ -148,7 +150,7 @@ class _Preparation:
         placement = inputs.prompt_placement(model, call, encoded, generating=generating)
         if not encoded.compressed:
             arguments = inputs.without_pixels(model, call, encoded.output)
-            return ShortCall(arguments, None, None, self._record(None, self._mode), self.watch)
+            return self._short(arguments, None, None, self._record(None, self._mode))
         where = positions.shortened(
             model, family, call, placement, self._mode, generating=generating
         )
@@ -160,7 +162,7 @@ class _Preparation:
         ids = call["input_ids"]
         known = CacheRecord(placement, self._mode, following, ids, weakref.ref(model))
         record = self._record(placement, self._mode)
-        return ShortCall(arguments, placement, known, record, self.watch)
+        return self._short(arguments, placement, known, record)
 
     def later_turn(self, cache: Any) -> ShortCall:
         """A later turn that brings images of its own."""
@@ -174,7 +176,17 @@ class _Preparation:
         self._set_rope_deltas(grown.next_position, turn.whole)
         record = self._record(turn.whole, known.mode)
         cut = turn.whole if self.generating else turn.new
-        return ShortCall(arguments, cut, grown, record, self.watch)
+        return self._short(arguments, cut, grown, record)
+
+    def _short(
+        self,
+        arguments: dict[str, Any],
+        placement: Placement | None,
+        cache: CacheRecord | None,
+        record: CallRecord,
+    ) -> ShortCall:
+        decoder = self.pipeline.decoder
+        return ShortCall(arguments, placement, cache, record, self.watch, decoder)
 
     def _set_rope_deltas(self, following: Tensor | None, placement: Placement) -> None:
         """Let M-RoPE models that count on from the cache length arrive at the right position."""
@@ -203,6 +215,7 @@ class _Preparation:
             layers=encoded.evidence_layers,
             skipped_layers=encoded.skipped_layers,
             tower_patches=encoded.tower_patches,
+            tower_keys=encoded.tower_keys,
             prefill_flops=prefill_flops(text, short, batch),
             prefill_flops_before=prefill_flops(text, length, batch),
             clock=self.watch.seconds,

@@ -31,6 +31,8 @@ from vlmcompress.methods.pipeline import LayerStage, Pipeline
 
 #: The attribute of a cache whose layers hold different lengths.
 ATTRIBUTE = "_vlmcompress_layers"
+#: Visual tokens that budgets are tried on.
+_EXAMPLE = 576
 
 
 def layers_of(cache: Any) -> LayerRecord | None:
@@ -44,6 +46,7 @@ def enter(
     arguments: Mapping[str, Any],
     record: CallRecord | None = None,
     stages: Sequence[LayerStage] = (),
+    prompt: int | None = None,
 ) -> None:
     """Prepare the language model for a forward that is about to run.
 
@@ -53,6 +56,7 @@ def enter(
         arguments: of the forward, shortened.
         record: of the call, where this forward is its prefill.
         stages: what acts inside the language model.
+        prompt: columns of the conversation that are the prompt's, where a draft may follow it.
     """
     layers.begin(None)
     past = layers_of(arguments.get("past_key_values"))
@@ -67,7 +71,9 @@ def enter(
         )
     new = ids if ids is not None else arguments["inputs_embeds"][..., 0]
     _check(decoder, arguments, past, new)
-    rows = _rows(model, arguments, new, mask, record if stages else None)
+    if prompt is not None:
+        prompt -= _held(arguments.get("past_key_values"))
+    rows = _rows(model, arguments, new, mask, record if stages else None, prompt)
     state.layers.refresh()
     run = LayerRun(
         decoder,
@@ -96,13 +102,16 @@ def flat_mask(call: Mapping[str, Any], given: Tensor | None) -> Any:
     mask = call.get("attention_mask")
     if mask is None or given is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
-    ids, cache = call["input_ids"], call.get("past_key_values")
-    held = 0 if cache is None else int(cache.get_seq_length())
-    past = layers_of(cache)
-    held = held if past is None else past.columns(held)
+    ids, held = call["input_ids"], _held(call.get("past_key_values"))
     given = given.repeat_interleave(len(ids) // len(given), 0)[:, : held + ids.shape[1]]
     written = held + ids.shape[1] - given.shape[1]
     return torch.nn.functional.pad(given, (0, written), value=1)
+
+
+def _held(cache: Any) -> int:
+    """Columns of the conversation in a cache."""
+    held, past = 0 if cache is None else int(cache.get_seq_length()), layers_of(cache)
+    return held if past is None else past.columns(held)
 
 
 def check(model: Any, family: Family, built: Pipeline) -> None:
@@ -123,6 +132,7 @@ def check(model: Any, family: Family, built: Pipeline) -> None:
     decoder = decoder_of(model)
     for stage in built.decoder:
         sites = stage.method.sites(len(decoder.layers))
+        stage.method.counts(_EXAMPLE, stage.keep, len(decoder.layers))
         if decoder.between is None and any(site.where == "between" for site in sites):
             raise UnsupportedModelError(
                 f"{stage.method.name} acts between a layer's attention and its MLP, and the layers "
@@ -151,6 +161,7 @@ def leave(record: CallRecord) -> CallRecord:
         record,
         layer_lengths=tuple(run.lengths),
         layer_tokens=run.tokens(),
+        layer_entrants=run.entrants(record.batch),
         prefill_flops=layered_flops(text, run.lengths, record.batch),
     )
 
@@ -172,8 +183,7 @@ def _check(
         CacheMismatchError: for a cache of another batch.
         UnsupportedInputError: when a sliding window would count kept tokens.
     """
-    cache = arguments.get("past_key_values")
-    held = 0 if cache is None else cache.get_seq_length()
+    held = _held(arguments.get("past_key_values"))
     if past is not None and len(past.layers[0].seen) != len(new):
         raise CacheMismatchError(
             f"The cache was filled by {len(past.layers[0].seen)} rows, the call has {len(new)}."
@@ -193,6 +203,7 @@ def _rows(
     new: Tensor,
     mask: Tensor | None,
     record: CallRecord | None,
+    prompt: int | None,
 ) -> Rows:
     """All columns of the call; which of them are visual, where methods act on them."""
     valid = torch.ones(new.shape, dtype=torch.bool, device=new.device)
@@ -213,6 +224,7 @@ def _rows(
         unit=unit,
         place=place,
         grid=grid,
+        prompt=prompt,
         answers=_answers(arguments.get("labels")),
     )
 

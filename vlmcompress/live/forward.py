@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import UnsupportedModelError
 from vlmcompress.core.placement import Placement
-from vlmcompress.live import calls, conversation
+from vlmcompress.live import calls, conversation, decoder
 from vlmcompress.live.inputs import by_name
 from vlmcompress.live.state import State, state_of
 
@@ -59,8 +59,12 @@ def _before_forward(
     local = state.local
     local.pending = None
     if local.generating:
-        return _inside_generate(module, args, kwargs)
+        changed = _inside_generate(module, args, kwargs)
+        given, named = (args, kwargs) if changed is None else changed
+        _enter_generated(module, state, by_name(type(module).forward, given, named))
+        return changed
     call = by_name(type(module).forward, args, kwargs)
+    decoder.enter(module, state, call)
     record = conversation.record_of(call.get("past_key_values"))
     if not state.active and record is None:
         return None
@@ -70,6 +74,7 @@ def _before_forward(
         # Also while disabled: the cache is short whatever happens now.
         # It need not learn of new text, which goes into it column by column.
         arguments, _, _ = conversation.forward_turn(module, state.family, call, record, None)
+        decoder.enter(module, state, arguments)
         return (), arguments
     if call.get("past_key_values") is None:
         state.calls["without"] += 1
@@ -88,6 +93,22 @@ def _inside_generate(
     return None
 
 
+def _enter_generated(module: nn.Module, state: State, call: dict[str, Any]) -> None:
+    """A forward inside `generate`: its prefill, which brings the images, or a step over a cache."""
+    short = state.local.generated
+    if short is None:
+        decoder.enter(module, state, call)
+        return
+    call = {**call, "attention_mask": decoder.flat_mask(call, short.arguments["attention_mask"])}
+    if call.get("mm_encoder_outputs") is None:
+        decoder.enter(module, state, call)
+    else:
+        prompt = (
+            None if call.get("past_key_values") is None else short.arguments["input_ids"].shape[1]
+        )
+        decoder.enter(module, state, call, short.record, short.layers, prompt)
+
+
 def _shorten(module: nn.Module, state: State, call: dict[str, Any]) -> dict[str, Any]:
     short = calls.prepare(module, state, call, generating=False)
     arguments = short.arguments
@@ -99,6 +120,7 @@ def _shorten(module: nn.Module, state: State, call: dict[str, Any]) -> dict[str,
     state.calls["with"] += 1
     state.local.last = short.record
     state.local.pending = Restore(short, columns, rows, short.watch.mark())
+    decoder.enter(module, state, arguments, short.record, short.layers)
     return arguments
 
 
@@ -141,7 +163,8 @@ def _after_prefill(state: State, output: Any) -> None:
 def finish(state: State, call: calls.ShortCall, cache: Any, start: Any) -> None:
     """Complete the record of a call once the language model has seen its prompt."""
     call.watch.add("prefill", start, call.watch.mark())
-    state.local.last = dataclasses.replace(call.record, kv_bytes=cache_bytes(cache))
+    record = decoder.leave(call.record)
+    state.local.last = dataclasses.replace(record, kv_bytes=cache_bytes(cache))
 
 
 def _cache_of(output: Any) -> Any:

@@ -61,6 +61,7 @@ def _with_images(model: Any, state: State, native: Callable[..., Any], call: dic
         arguments = _show_full_ids(call["input_ids"], short.placement.short_length, arguments)
         arguments = _adjust_lengths(model, arguments, short.placement.shortened_by)
     state.local.prefill = (short, short.watch.mark())
+    state.local.generated = short
     result = _run(state, native, arguments)
     conversation.mark(call.get("past_key_values"), short.cache)
     conversation.mark(getattr(result, "past_key_values", None), short.cache)
@@ -94,7 +95,7 @@ def _run(state: State, native: Callable[..., Any], arguments: dict[str, Any]) ->
         return native(**arguments)
     finally:
         state.local.generating -= 1
-        state.local.prefill = None
+        state.local.prefill = state.local.generated = None
 
 
 def _with_mask(model: Any, call: dict[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from vlmcompress.core.errors import (
     UnsupportedModelError,
 )
 from vlmcompress.families import Family
+from vlmcompress.families.decoders import decoder_of
 from vlmcompress.live import positions
 from vlmcompress.live.clip import TextSource
 from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
 from vlmcompress.live.inside import check_tower
+from vlmcompress.live.layers import LayerHooks
 from vlmcompress.live.reduction import ReductionHooks
 from vlmcompress.live.state import ATTRIBUTE, State
 from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
@@ -143,7 +145,7 @@ def _check_order(family: Family, built: Pipeline) -> None:
 
 def install(model: Any, state: State) -> None:
     """Put every hook on, and the one attribute."""
-    follow_tower(model, state, state.settings.pipeline)
+    follow_stages(model, state, state.settings.pipeline)
     base, family = model.base_model, state.family
     tower = family.tower(base)
     if tower is not None:
@@ -161,8 +163,15 @@ def install(model: Any, state: State) -> None:
     forget_compiled(model)
 
 
-def follow_tower(model: Any, state: State, built: Pipeline) -> None:
-    """Put the hooks of a stage inside the tower on, if `built` has one and they are not there."""
+def follow_stages(model: Any, state: State, built: Pipeline) -> None:
+    """Put the hooks of stages inside tower and LLM on, where `built` first needs them."""
+    _follow_tower(model, state, built)
+    if built.decoder and state.layers is None:
+        state.layers = LayerHooks(decoder_of(model))
+        forget_compiled(model)
+
+
+def _follow_tower(model: Any, state: State, built: Pipeline) -> None:
     tower = state.family.tower(model.base_model)
     if built.tower is None or state.reduction is not None or tower is None:
         return
@@ -181,6 +190,8 @@ def uninstall(model: Any, state: State) -> None:
         state.evidence.remove()
     if state.reduction is not None:
         state.reduction.remove()
+    if state.layers is not None:
+        state.layers.remove()
     for handle in state.handles:
         handle.remove()
     _put_generate_back(model, state)

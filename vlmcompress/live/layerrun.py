@@ -100,7 +100,7 @@ class LayerRun:
         self._asked: Tensor | None = None
         self._kept_hidden: Tensor | None = None
         self._answer: Any = None
-        self._visual: list[Tensor] = []
+        self._went: list[Rows] = []
         self.lengths: list[tuple[int, int]] = []
         self.half: Literal["ahead", "attention", "mlp"] | None = None
 
@@ -109,8 +109,25 @@ class LayerRun:
         return module in self._parts
 
     def tokens(self) -> tuple[tuple[int, ...], ...]:
-        """Visual tokens of each sample that go through each layer's attention."""
-        return tuple(tuple(counts) for counts in torch.stack(self._visual).tolist())
+        """Visual tokens of each sample that went through each layer's attention."""
+        counts = torch.stack([rows.visual.sum(1) for rows in self._went])
+        return tuple(tuple(row) for row in counts.tolist())
+
+    def entrants(self, batch: int) -> tuple[Tensor, ...]:
+        """Per layer [batch, R], which of all visual tokens of the call each row is, -1 for others.
+
+        Args:
+            batch: samples of the call, whose rows beams repeat.
+        """
+        copies = len(self._went[0].visual) // batch
+        counts = self._went[0].visual[::copies].sum(1)
+        before = (counts.cumsum(0) - counts)[:, None]
+        return tuple(
+            torch.where(
+                rows.visual[::copies] & ~rows.fresh[::copies], before + rows.ordinal[::copies], -1
+            )
+            for rows in self._went
+        )
 
     # One layer ------------------------------------------------------------------------------------
 
@@ -131,7 +148,7 @@ class LayerRun:
         for act in self._at("before"):
             hidden = self._reduce(act, layer, hidden, kwargs)
         self._hold()
-        self._visual.append(self._rows.visual.sum(1))
+        self._went.append(self._rows)
         arguments = self._arguments(hidden, kwargs)
         if self._reads_next("features"):
             self._earlier = hidden
@@ -147,6 +164,11 @@ class LayerRun:
         self._cache = kwargs.get("past_key_values")
         held = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._before = held if self._past is None else self._past.columns(held)
+        if self._past is not None and self._before < self._past.settled:
+            raise CacheMismatchError(
+                f"The cache holds {self._before} columns of the conversation, which has its images "
+                f"in the first {self._past.settled}; it was cropped. Start again without it."
+            )
         if any(act.method.reads_embedded for act in self._acts):
             self._embedded = hidden
 
@@ -248,6 +270,7 @@ class LayerRun:
             unit=rows.unit,
             place=rows.place,
             grid=rows.grid,
+            given=rows.given,
             depth=len(self.decoder.layers),
             earlier=self._earlier if method.reads == "features" else None,
             answers=rows.answers,
@@ -256,18 +279,26 @@ class LayerRun:
         if method.reads in ("nothing", "features"):
             return state
         if method.reads == "next":
-            self._look_ahead(layer, hidden, kwargs, method.queries(state))
+            self._look_ahead(layer, hidden, kwargs, method.queries(state), method.rotated)
         return dataclasses.replace(state, attention=self._captured)
 
     @torch.no_grad()
     def _look_ahead(
-        self, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], asked: Tensor
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
+        asked: Tensor,
+        rotated: bool,
     ) -> None:
         """Queries of some rows and the keys that a layer is about to make, by its own attention."""
         arguments = self._arguments(hidden, dict(kwargs))
         arguments = {
             k: v for k, v in arguments.items() if k not in ("past_key_values", "use_cache")
         }
+        if not rotated:
+            cos, sin = arguments["position_embeddings"]
+            arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         self.half, self._asked = "ahead", asked
         normed = layer.get_submodule(self.decoder.first_norm)(hidden)
         layer.get_submodule(self.decoder.attention)(hidden_states=normed, **arguments)
@@ -355,7 +386,10 @@ class LayerRun:
         """What a layer's cache held before this call."""
         if self._past is None:
             return Held(self._columns(0, self._before), True)
-        return self._past.layers[layer].grown(self._columns(self._past.length, self._before), True)
+        held, later = self._past.layers[layer], self._before - self._past.length
+        if later < 0:  # the prompt was followed by a draft that was rejected
+            return held.shrunk(-later)
+        return held.grown(self._columns(self._past.length, self._before), True)
 
     def _columns(self, start: int, stop: int) -> Tensor:
         """[B, stop - start] bool, columns of the conversation that are no padding."""
@@ -452,6 +486,13 @@ class LayerRun:
 
     # The end --------------------------------------------------------------------------------------
 
+    def _record(self, layers: tuple[Held, ...]) -> LayerRecord:
+        visual = self._went[0].visual.any(0).nonzero()
+        settled = 0 if self._past is None else self._past.settled
+        if len(visual):
+            settled = self._before + int(visual[-1]) + 1
+        return LayerRecord(layers, self._before + self._length, settled)
+
     def finish(self, hidden: Tensor) -> Tensor:
         """The last hidden state at all columns of the call, zeros where a row was dropped."""
         rows = self._rows
@@ -460,7 +501,7 @@ class LayerRun:
         if self._cache is not None and self._attach is not None:
             layers = tuple(self._held[i] for i in range(len(self.decoder.layers)))
             if not all(held.whole for held in layers):
-                self._attach(self._cache, LayerRecord(layers, self._before + self._length))
+                self._attach(self._cache, self._record(layers))
         if rows.whole:
             return hidden
         there = (rows.valid & ~rows.fresh).to(hidden.device)

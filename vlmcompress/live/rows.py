@@ -26,6 +26,7 @@ class Rows:
         unit: [B, R] image of each visual row, -1 for text.
         place: [B, R, 2] its place in the image's grid.
         grid: [B, R, 2] that grid.
+        given: [B, R] bool, rows of the prompt; what a draft model has added are not.
         answers: [B, R] bool, or None outside training.
         full: whether every row is valid, known without asking the device.
         whole: whether these are all columns of the call.
@@ -41,6 +42,7 @@ class Rows:
     unit: Tensor
     place: Tensor
     grid: Tensor
+    given: Tensor
     answers: Tensor | None = None
     full: bool = True
     whole: bool = True
@@ -56,6 +58,7 @@ class Rows:
         unit: Tensor | None = None,
         place: Tensor | None = None,
         grid: Tensor | None = None,
+        prompt: int | None = None,
         answers: Tensor | None = None,
     ) -> Rows:
         """All columns of a call.
@@ -67,6 +70,7 @@ class Rows:
             unit: [B, L], see the attributes.
             place: [B, L, 2].
             grid: [B, L, 2].
+            prompt: how many of the columns are the prompt's; all when not given.
             answers: [B, L].
         """
         index = torch.arange(visual.shape[1], device=visual.device).expand(visual.shape)
@@ -81,6 +85,7 @@ class Rows:
             unit=torch.full_like(index, -1) if unit is None else unit,
             place=pairs if place is None else place,
             grid=pairs + 1 if grid is None else grid,
+            given=torch.ones_like(visual) if prompt is None else index < prompt,
             answers=answers,
             full=full,
         )
@@ -90,7 +95,7 @@ class Rows:
         """[B, R] bool, text behind the last visual row of each sample."""
         columns = torch.arange(self.visual.shape[1], device=self.visual.device)
         last = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
-        return self.valid & ~self.visual & (columns > last)
+        return self.valid & self.given & ~self.visual & (columns > last)
 
     def taken(self, chosen: Tensor, valid: Tensor, full: bool) -> Rows:
         """Rows `chosen` ([B, R']) of these, some of which are padding."""
@@ -109,6 +114,7 @@ class Rows:
             unit=take(self.unit),
             place=take(self.place),
             grid=take(self.grid),
+            given=take(self.given),
             answers=None if self.answers is None else take(self.answers) & valid,
             full=full,
             whole=False,
@@ -184,6 +190,10 @@ class Held:
     gone: Tensor | None = None
     whole: bool = True
 
+    def shrunk(self, by: int) -> Held:
+        """Without the last `by` keys."""
+        return dataclasses.replace(self, seen=self.seen[:, : self.seen.shape[1] - by])
+
     def grown(
         self, seen: Tensor, full: bool, gone: Tensor | None = None, whole: bool = True
     ) -> Held:
@@ -205,10 +215,12 @@ class LayerRecord:
     Attributes:
         layers: what each layer holds of the first `length` columns.
         length: columns of the conversation when it was written.
+        settled: columns up to the last visual one; less cannot be held.
     """
 
     layers: tuple[Held, ...]
     length: int
+    settled: int
 
     def columns(self, held: int) -> int:
         """Columns of the conversation when layer 0 holds `held` keys."""

@@ -19,7 +19,9 @@ from vlmcompress.methods.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from vlmcompress.core.report import CallRecord
+    from vlmcompress.live.barepass import TowerPass
     from vlmcompress.live.forward import Restore
+    from vlmcompress.live.layers import LayerHooks
 
 #: The one attribute a patched model has.
 ATTRIBUTE = "_vlmcompress"
@@ -34,6 +36,8 @@ class ThreadState(threading.local):
         pending: how the running forward's logits are restored.
         last: record of this thread's last compressed call.
         prefill: the short call that runs inside `generate`, and when its prefill began.
+        generated: the short call that runs inside `generate`, until that ends.
+        tower: the running call of a tower that has no language model.
     """
 
     def __init__(self) -> None:
@@ -42,6 +46,8 @@ class ThreadState(threading.local):
         self.pending: Restore | None = None
         self.last: CallRecord | None = None
         self.prefill: Any = None
+        self.generated: Any = None
+        self.tower: TowerPass | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
         """A copied model starts with no calls."""
@@ -78,6 +84,7 @@ class State:
         handles: hooks to take off.
         evidence: hooks on the tower, where its attention can be read.
         reduction: hooks on the tower's blocks, where a stage inside it was ever asked for.
+        layers: hooks on the language model's layers, where a stage inside it was ever asked for.
         calls: how many forwards and generates came with and without images.
         generate: a `generate` that others had set on the instance before; None where there was
             none.
@@ -93,6 +100,7 @@ class State:
     handles: list[RemovableHandle] = field(default_factory=list)
     evidence: EvidenceHooks | None = None
     reduction: ReductionHooks | None = None
+    layers: LayerHooks | None = None
     calls: Counter[str] = field(default_factory=Counter)
     generate: Callable[..., Any] | None = None
     clip: TextSource | None = None

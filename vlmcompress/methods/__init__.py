@@ -1,22 +1,18 @@
 """Compression methods, one file each, and the contracts they implement."""
 
 from vlmcompress.methods.base import (
-    AttentionEditor,
-    LayerReducer,
-    LayerRouter,
     Method,
     Needs,
     PromptCompressor,
     TokenCompressor,
     TokenPruner,
 )
+from vlmcompress.methods.decoder.base import LayerReducer
 from vlmcompress.methods.registry import create, get, names
 from vlmcompress.methods.tower.base import TowerReducer
 
 __all__ = [
-    "AttentionEditor",
     "LayerReducer",
-    "LayerRouter",
     "Method",
     "Needs",
     "PromptCompressor",

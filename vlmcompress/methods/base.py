@@ -228,78 +228,6 @@ class AdaptiveCompressor(TokenCompressor):
 
 
 @dataclass(frozen=True)
-class Site:
-    """A place in the LLM: before layer `layer`, or between its attention and its MLP."""
-
-    layer: int
-    where: Literal["before", "between"] = "before"
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """The LLM's sequence at a site during prefill.
-
-    Attributes:
-        hidden: [B, L, d].
-        visual: [B, L] bool, which rows are visual tokens.
-        positions: [B, L] or [3, B, L] position ids.
-        attention: {layer: [B, heads, rows, L]} the score rows the method asked for.
-    """
-
-    hidden: Tensor
-    visual: Tensor
-    positions: Tensor
-    attention: dict[int, Tensor]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What a `LayerReducer` decided at a site.
-
-    Attributes:
-        keep: [B, L'] rows that stay.
-        merged: [B, m, d] rows appended after the kept visual tokens, or None.
-        position_of_merged: [B, m] their positions.
-        crop_earlier_kv: whether caches of earlier layers are cut to the same rows.
-    """
-
-    keep: Tensor
-    merged: Tensor | None = None
-    position_of_merged: Tensor | None = None
-    crop_earlier_kv: bool = False
-
-
-class LayerReducer(Method):
-    """Inside the LLM: drops or merges visual tokens at some layers."""
-
-    stage: ClassVar[Stage] = "decoder"
-
-    @abstractmethod
-    def step(self, site: Site, state: DecoderState) -> Reduction:
-        """The reduction at `site`."""
-
-
-class LayerRouter(Method):
-    """Inside the LLM: visual tokens skip layers through the residual."""
-
-    stage: ClassVar[Stage] = "decoder"
-
-    @abstractmethod
-    def route(self, layer: int, state: DecoderState) -> Tensor:
-        """[B, L] bool, which rows `layer` processes."""
-
-
-class AttentionEditor(Method):
-    """Inside the LLM: redistributes attention weights."""
-
-    stage: ClassVar[Stage] = "decoder"
-
-    @abstractmethod
-    def edit(self, layer: int, weights: Tensor, state: DecoderState) -> Tensor:
-        """New weights [B, heads, rows, L] for `layer`."""
-
-
-@dataclass(frozen=True)
 class PromptState:
     """The embedded prompt at prefill.
 
@@ -351,20 +279,14 @@ def only_row(rows: Mapping[int, Tensor]) -> Tensor:
 
 __all__ = [
     "AdaptiveCompressor",
-    "AttentionEditor",
     "AutoKeep",
-    "DecoderState",
     "FeatureSpace",
     "Keep",
     "Layer",
-    "LayerReducer",
-    "LayerRouter",
     "Method",
     "Needs",
     "PromptCompressor",
     "PromptState",
-    "Reduction",
-    "Site",
     "TokenCompressor",
     "TokenPruner",
     "check_count",

@@ -17,6 +17,7 @@ from vlmcompress.methods.base import (
     Needs,
     TokenCompressor,
 )
+from vlmcompress.methods.decoder.base import LayerReducer
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.outliers import Outliers
 from vlmcompress.methods.parts import Partition
@@ -74,6 +75,22 @@ class TowerStage:
 
 
 @dataclass(frozen=True)
+class LayerStage:
+    """A method inside the language model with what it keeps.
+
+    Attributes:
+        method: ready to run.
+        keep: share or count of visual tokens that leave its last site; None for a budget of its
+            own.
+        template: the method as configured, before the configuration's seed was filled in.
+    """
+
+    method: LayerReducer
+    keep: float | int | None
+    template: LayerReducer
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """The stages of a configuration.
 
@@ -81,21 +98,24 @@ class Pipeline:
         stages: those between tower and LLM, applied in order.
         config: the configuration it was made from.
         tower: the stage inside the tower, if there is one.
+        decoder: those inside the language model, in the order given.
     """
 
     stages: tuple[Stage, ...]
     config: CompressionConfig
     tower: TowerStage | None = None
+    decoder: tuple[LayerStage, ...] = ()
 
     @property
     def templates(self) -> tuple[Method, ...]:
         """The methods of `config.stages`, as configured."""
-        connector = tuple(stage.template for stage in self.stages)
-        return connector if self.tower is None else (self.tower.template, *connector)
+        tower = () if self.tower is None else (self.tower.template,)
+        connector = (stage.template for stage in self.stages)
+        return (*tower, *connector, *(stage.template for stage in self.decoder))
 
     def switched_off(self) -> Pipeline:
         """The same configuration with no stage."""
-        return dataclasses.replace(self, stages=(), tower=None)
+        return dataclasses.replace(self, stages=(), tower=None, decoder=())
 
     def split(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """Stages that can run before the connector, and the rest."""
@@ -167,8 +187,34 @@ def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pi
     if isinstance(methods[0], TowerReducer):
         tower = _tower_stage(stages[0], methods[0])
         stages, methods = stages[1:], methods[1:]
-    connector = (_stage(c, method, seed) for c, method in zip(stages, methods, strict=True))
-    return Pipeline(tuple(connector), config, tower)
+    cut = next((i for i, m in enumerate(methods) if isinstance(m, LayerReducer)), len(methods))
+    rest = list(zip(stages, methods, strict=True))
+    connector = tuple(_stage(c, method, seed) for c, method in rest[:cut])
+    decoder = tuple(_layer_stage(c, method, seed) for c, method in rest[cut:])
+    return Pipeline(connector, config, tower, decoder)
+
+
+def _layer_stage(config: StageConfig, method: Method, seed: int) -> LayerStage:
+    if not isinstance(method, LayerReducer):
+        raise ConfigError(
+            f"Method {config.method!r} acts in the {method.stage}, before the language model, and "
+            "stands behind one that acts inside it; name stages in the order of the path."
+        )
+    if isinstance(config.keep, AutoKeep):
+        raise ConfigError(
+            f"keep='auto' is decided before the language model, and {config.method!r} acts inside "
+            "it; give a fraction or a count."
+        )
+    _refuse_two_budgets(config, method.own_budget)
+    return LayerStage(_seeded(method, seed), config.keep, method)
+
+
+def _refuse_two_budgets(config: StageConfig, own: bool) -> None:
+    if own and config.keep is not None:
+        raise ConfigError(
+            f"Stage {config.to_spec()!r} says twice how much stays: by its options and by keep; "
+            "give one of them."
+        )
 
 
 def _tower_stage(config: StageConfig, method: TowerReducer) -> TowerStage:
@@ -177,11 +223,7 @@ def _tower_stage(config: StageConfig, method: TowerReducer) -> TowerStage:
             f"keep='auto' is decided from scores of a finished tower, and {method.name!r} acts "
             "inside it; give a fraction or a count."
         )
-    if method.own_budget and config.keep is not None:
-        raise ConfigError(
-            f"Stage {config.to_spec()!r} says twice how much stays: by its options and by keep; "
-            "give one of them."
-        )
+    _refuse_two_budgets(config, method.own_budget)
     return TowerStage(method, config.keep)
 
 
@@ -193,8 +235,8 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
         )
     if not isinstance(method, TokenCompressor):
         raise ConfigError(
-            f"Method {config.method!r} acts in the {method.stage}; only methods inside the tower "
-            "and between tower and LLM (stages 'tower' and 'connector') can run so far."
+            f"Method {config.method!r} acts in the {method.stage}; only methods inside the tower, "
+            "between tower and LLM and inside the LLM can run so far."
         )
     partition = dataclasses.replace(method.partition, **_chosen(config, _PARTITION))
     outliers = Outliers(**_chosen(config, _OUTLIERS))
@@ -252,12 +294,15 @@ def _changed_options(method: Method) -> dict[str, Any]:
 
 
 def _create(stage: StageConfig) -> Method:
+    options, kind = dict(stage.options), registry.get(stage.method)
     if stage.site is not None:
-        raise ConfigError(
-            f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none."
-        )
-    options = dict(stage.options)
-    if issubclass(registry.get(stage.method), TokenCompressor):
+        if not issubclass(kind, LayerReducer) or "layers" in options:
+            raise ConfigError(
+                f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none, or has "
+                "its layers among its options already."
+            )
+        options["layers"] = (stage.site,)
+    if issubclass(kind, TokenCompressor):
         for name in (*_PARTITION, *_OUTLIERS):
             options.pop(name, None)
     return registry.create(stage.method, **options)
@@ -286,9 +331,9 @@ def _with_keep(pairs: Sequence[Pair], keep: Any) -> tuple[StageConfig, ...]:
 
 
 def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
-    """Stages that one `keep` is for: the connector's that have none, else the tower's."""
+    """Stages that one `keep` is for: the connector's that have none, else those of other stages."""
     bare = {i for i, (s, m) in enumerate(pairs) if s.keep is None and not _own_budget(m)}
-    connector = {i for i, (_, m) in enumerate(pairs) if not isinstance(m, TowerReducer)}
+    connector = {i for i, (_, m) in enumerate(pairs) if isinstance(m, TokenCompressor)}
     if connector & bare:
         return connector & bare
     if bare and not connector:
@@ -298,12 +343,12 @@ def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
 
 
 def _own_budget(method: Method) -> bool:
-    return isinstance(method, TowerReducer) and method.own_budget
+    return isinstance(method, TowerReducer | LayerReducer) and method.own_budget
 
 
-def _seeded(method: TokenCompressor, seed: int) -> TokenCompressor:
+def _seeded(method: Any, seed: int) -> Any:
     if getattr(method, "seed", 0) is None:
-        return dataclasses.replace(method, seed=seed)  # type: ignore[type-var]
+        return dataclasses.replace(method, seed=seed)
     return method
 
 

@@ -115,12 +115,15 @@ class DecoderState:
         unit: [B, L] which image of the call each visual row belongs to, -1 for text.
         place: [B, L, 2] (row, column) of visual rows in the grid of their image, 0 for text.
         grid: [B, L, 2] (height, width) of that grid, 1 for text.
+        given: [B, L] bool, rows of the prompt; a draft may follow it.
         depth: layers of the model.
         attention: of the layer that the method reads; None unless it reads any.
         earlier: [B, L, d] the same rows as they came into the layer before; None unless read.
         answers: [B, L] bool, rows that a label follows while the row itself has none (the last of
             each instruction); None outside training.
         embedded: [B, L, d] the same rows as they came into layer 0; None unless read.
+        notes: [B, L] what the method wrote down beside these rows at its last site; None before
+            that, and 0 for merged rows.
     """
 
     hidden: Tensor
@@ -131,11 +134,13 @@ class DecoderState:
     unit: Tensor
     place: Tensor
     grid: Tensor
+    given: Tensor
     depth: int
     attention: DecoderAttention | None = None
     earlier: Tensor | None = None
     answers: Tensor | None = None
     embedded: Tensor | None = None
+    notes: Tensor | None = None
 
     def attended(self) -> DecoderAttention:
         """The attention that was asked for.
@@ -149,9 +154,9 @@ class DecoderState:
 
     @property
     def last(self) -> Tensor:
-        """[B, 1] the last row of each sample that is no padding."""
+        """[B, 1] the last row of each sample's prompt."""
         rows = torch.arange(self.valid.shape[1], device=self.valid.device)
-        return torch.where(self.valid, rows, 0).amax(1, keepdim=True)
+        return torch.where(self.valid & self.given, rows, 0).amax(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Reduction:
         merged_valid: [B, m] bool, which of them there are; None for all.
         source: [B, m] row that each of them stands for, for its place in the image.
         crop_earlier: whether the caches of earlier layers are cut to the same rows.
+        notes: [B, L] what the method wants to know of these rows at its next site.
     """
 
     keep: Tensor
@@ -173,6 +179,7 @@ class Reduction:
     merged_valid: Tensor | None = None
     source: Tensor | None = None
     crop_earlier: bool = False
+    notes: Tensor | None = None
 
 
 class LayerReducer(Method):
@@ -203,6 +210,11 @@ class LayerReducer(Method):
     def own_budget(self) -> bool:
         """Whether the method's options say how many tokens stay, so that `keep` must not."""
         return False
+
+    @property
+    def rotated(self) -> bool:
+        """Whether queries and keys of the `next` layer are seen with their positions rotated in."""
+        return True
 
     @abstractmethod
     def sites(self, depth: int) -> tuple[Site, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmcompress.methods.decoder.base import DecoderState, LayerPruner
 from vlmcompress.methods.decoder.schedule import Scheduled
-from vlmcompress.methods.ops.hashing import hashed
+from vlmcompress.methods.ops.hashing import hashed_at
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,4 @@ class RandomLayer(Scheduled, LayerPruner):
 
     def score(self, state: DecoderState) -> Tensor:
         """[B, L] numbers below 0; all sites draw the same, so that one drops what another would."""
-        numbers = hashed(self.seed or 0, state.ordinal.shape[1] + 1, state.ordinal.device)
-        return -numbers[state.ordinal].double()
+        return -hashed_at(self.seed or 0, state.ordinal.clamp(min=0)).double()

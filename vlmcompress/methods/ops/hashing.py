@@ -24,7 +24,12 @@ def hashed(seed: int, n: int, device: torch.device) -> Tensor:
     Returns:
         [n] int64, distinct, in [0, 2^31).
     """
-    state = _mix((torch.arange(n, device=device) + 0x1E3779B9) & _MASK)
+    return hashed_at(seed, torch.arange(n, device=device))
+
+
+def hashed_at(seed: int, counters: Tensor) -> Tensor:
+    """The numbers that `hashed` gives some counters (int64, below 2^31), in their shape."""
+    state = _mix((counters + 0x1E3779B9) & _MASK)
     for word in (seed & _MASK, (seed >> _BITS) & _MASK):
         state = _mix(state ^ word)
     return state

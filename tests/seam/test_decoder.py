@@ -1,0 +1,340 @@
+"""Methods inside the language model: equal to a full model in which dropped keys are hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.seam import oracle
+from tests.tiny import Prompt
+from vlmcompress import patch
+from vlmcompress.core.costs import cache_bytes
+from vlmcompress.core.errors import (
+    CacheMismatchError,
+    ConfigError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
+
+EXACT = 1e-5
+DROPS = "random_layer(layers=(1, 2)):0.25"
+FAMILIES = ("llava", "llava_siglip", "paligemma", "qwen2_vl", "glm4v", "kimi_k25", "aya_vision")
+RAGGED = (Prompt(images=2, text=7), Prompt(images=1, text=9), Prompt(images=0, text=6))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny.build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llava() -> Any:
+    return tiny.build("llava")
+
+
+@contextmanager
+def keys_hidden(model: Any, hidden: Mapping[int, Tensor]) -> Iterator[None]:
+    """In layer i nobody sees the columns hidden[i] ([B, L] bool); nothing is shortened.
+
+    Only the hidden columns' own rows see them, so that no row is left without a key.
+    """
+    handles = []
+
+    def hide(layer: int) -> Callable[..., Any]:
+        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            states = args[0]
+            columns = hidden[layer][:, : states.shape[1]]
+            length = states.shape[1]
+            mask = kwargs["attention_mask"]
+            if mask is None:
+                square = torch.ones(length, length, dtype=torch.bool).tril()
+                mask = square.expand(len(states), 1, -1, -1)
+            own = torch.eye(length, dtype=torch.bool)
+            mask = mask & (~columns[:, None, None] | own)
+            return args, {**kwargs, "attention_mask": mask}
+
+        return before
+
+    for i, layer in enumerate(model.get_decoder().layers):
+        if i in hidden:
+            handles.append(layer.register_forward_pre_hook(hide(i), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_columns(model: Any, call: Mapping[str, Tensor], record: Any) -> dict[int, Tensor]:
+    """Visual columns that a recorded call did not take into each layer."""
+    placeholders = call["input_ids"] == model.config.image_token_id
+    out = {}
+    for layer in range(len(record.layer_entrants)):
+        kept, stays = torch.cat(record.kept_in(layer)), []
+        start = 0
+        for n, rows in zip(record.tokens_before, record.kept_in(layer), strict=True):
+            stay = torch.zeros(n, dtype=torch.bool)
+            stay[rows] = True
+            stays.append(stay)
+            start += n
+        assert len(kept) == sum(int(s.sum()) for s in stays)
+        columns = torch.zeros_like(placeholders)
+        columns[placeholders] = ~torch.cat(stays)
+        out[layer] = columns
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["random_layer(layers=(1, 2)):0.25", "fastv@1:0.3"])
+def test_dropping_is_hiding(model: Any, method: str) -> None:
+    call = tiny.inputs(model, RAGGED)
+    full = model(**call).logits
+    with patch(model, method, positions="original") as handle:
+        logits = model(**call).logits
+        record = handle.last
+    assert record is not None
+    assert record.layer_tokens[0] == (2 * record.tokens_before[0], record.tokens_before[0], 0)
+    assert sum(record.layer_tokens[-1]) < 0.4 * sum(record.layer_tokens[0])
+    hidden = hidden_columns(model, call, record)
+    with keys_hidden(model, hidden):
+        want = model(**call).logits
+    text = call["attention_mask"].bool() & (call["input_ids"] != model.config.image_token_id)
+    assert (logits - want)[text].abs().max() < EXACT
+    assert (logits - full)[text].abs().max() > 100 * EXACT
+    dropped = hidden[len(record.layer_entrants) - 1]
+    assert logits.shape == full.shape
+    if "lm_head.bias" not in model.state_dict():
+        assert logits[dropped].eq(0).all()
+
+
+@torch.no_grad()
+def test_keeping_all_changes_no_bit(model: Any) -> None:
+    call = tiny.inputs(model, RAGGED)
+    full, ids = model(**call).logits, model.generate(**call, **oracle.greedy(model))
+    with patch(model, "fastv@1:1.0 | pyramiddrop(layers=(1, 2)):1.0"):
+        assert torch.equal(model(**call).logits, full)
+        assert torch.equal(model.generate(**call, **oracle.greedy(model)), ids)
+    assert torch.equal(model(**call).logits, full)
+    assert not [m for m in model.modules() if any("vlmcompress" in k for k in m.__dict__)]
+    assert all(type(layer).forward == layer.forward.__func__ for layer in decoder_layers(model))
+
+
+def decoder_layers(model: Any) -> Sequence[Any]:
+    return list(model.get_decoder().layers)
+
+
+@torch.no_grad()
+def test_a_cache_gives_what_computing_anew_gives(model: Any) -> None:
+    call = tiny.inputs(model, RAGGED)
+    with patch(model, DROPS):
+        cached = model.generate(**call, **oracle.greedy(model))
+        anew = model.generate(**call, **oracle.greedy(model), use_cache=False)
+        static = model.generate(**call, **oracle.greedy(model), cache_implementation="static")
+    assert torch.equal(cached, anew)
+    assert torch.equal(cached, static)
+
+
+METHODS = ("fastv@1:0.3", "pyramiddrop(layers=(1, 2)):0.25", DROPS, "divprune:0.5 | fastv@2:0.5")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_padded_batch_is_its_samples(model: Any, method: str) -> None:
+    call = tiny.inputs(model, RAGGED)
+    per_image = tiny.tokens_per_image(model)
+    with patch(model, method):
+        batch = model.generate(**call, **oracle.greedy(model))
+        for b in range(len(RAGGED)):
+            alone = oracle.row(call, b, model.config.image_token_id, per_image)
+            ids = model.generate(**alone, **oracle.greedy(model))
+            new = ids.shape[1] - alone["input_ids"].shape[1]
+            assert torch.equal(batch[b, -new:], ids[0, -new:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cache_is_as_short_as_the_layers(model: Any, method: str) -> None:
+    call = tiny.inputs(model, (Prompt(images=1, text=8),))
+    full = cache_bytes(model(**call, use_cache=True).past_key_values)
+    with patch(model, method) as handle:
+        cache = model(**call, use_cache=True).past_key_values
+        record = handle.last
+    assert record is not None
+    lengths = [attention for attention, _ in record.layer_lengths]
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    assert record.kv_bytes == cache_bytes(cache) < full
+    per_column = full / (len(lengths) * call["input_ids"].shape[1])
+    assert record.kv_bytes == per_column * sum(lengths)
+
+
+@torch.no_grad()
+def test_beams_and_samples_repeat_their_row(llava: Any) -> None:
+    call = tiny.inputs(llava, RAGGED)
+    with patch(llava, "pyramiddrop(layers=(1, 2)):0.25"):
+        one = llava.generate(**call, **oracle.greedy(llava))
+        several = llava.generate(
+            **call, **oracle.greedy(llava), num_beams=3, num_return_sequences=2
+        )
+        best = llava.generate(**call, **oracle.greedy(llava), num_beams=3)
+        for b, prompt in enumerate(RAGGED):
+            assert prompt
+            alone = oracle.row(call, b, llava.config.image_token_id, tiny.tokens_per_image(llava))
+            ids = llava.generate(**alone, **oracle.greedy(llava), num_beams=3)
+            new = ids.shape[1] - alone["input_ids"].shape[1]
+            assert torch.equal(best[b, -new:], ids[0, -new:])
+    assert several.shape[0] == 2 * len(RAGGED)
+    assert one.shape[0] == len(RAGGED)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_rejected_drafts_leave_nothing_in_short_layers(llava: Any, method: str) -> None:
+    call = tiny.inputs(llava, (Prompt(images=1, text=8),))
+    with patch(llava, method):
+        plain = llava.generate(**call, **oracle.greedy(llava, 12))
+        looked_up = llava.generate(
+            **call,
+            **oracle.greedy(llava, 12),
+            prompt_lookup_num_tokens=3,
+            max_matching_ngram_size=1,
+        )
+    assert torch.equal(plain, looked_up)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [DROPS, "divprune:0.5 | random_layer@1:0.5"])
+def test_three_turns_equal_one_run(model: Any, method: str) -> None:
+    """Text after text over a returned cache; what was dropped was decided at the first turn."""
+    call = tiny.inputs(model, (Prompt(images=1, text=8),))
+    wanted = {**oracle.greedy(model, 3), "return_dict_in_generate": True}
+    ids = call["input_ids"]
+    with patch(model, method):
+        out = model.generate(**call, **wanted)
+        for _ in range(2):
+            more = torch.tensor([[5, 6]])
+            ids = torch.cat([out.sequences, more], 1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            out = model.generate(**turn, **wanted, past_key_values=out.past_key_values)
+        whole = {**call, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in call:
+                zeros = call[name].new_zeros(1, ids.shape[1] - call[name].shape[1])
+                whole[name] = torch.cat([call[name], zeros], 1)
+        if model.config.model_type == "paligemma":
+            whole["token_type_ids"] = torch.cat(
+                [call["token_type_ids"], 1 - zeros], 1
+            )  # later turns see causally
+        anew = model.generate(**whole, **wanted)
+    assert torch.equal(out.sequences, anew.sequences)
+
+
+def checkpoint(model: Any, on: bool) -> None:
+    """Switch activation checkpointing, by its newer name where there is one."""
+    name = "enable" if on else "disable"
+    new = getattr(model, f"activation_checkpointing_{name}", None)
+    (new or getattr(model, f"gradient_checkpointing_{name}"))()
+
+
+def test_training_through_dropped_layers(model: Any) -> None:
+    call = tiny.inputs(model, RAGGED)
+    labels = call["input_ids"].clone()
+    labels[(call["attention_mask"] == 0) | (labels == model.config.image_token_id)] = -100
+    model.train()
+    try:
+        losses = {}
+        for checkpointing in (False, True):
+            model.zero_grad()
+            if checkpointing:
+                checkpoint(model, True)
+            with patch(model, DROPS):
+                out = model(**call, labels=labels, use_cache=False)
+                out.loss.backward()
+            losses[checkpointing] = out.loss.item()
+            grads = [p.grad for p in model.get_decoder().layers[-1].parameters()]
+            assert all(g is not None and g.isfinite().all() for g in grads)
+            assert any(g.abs().max() > 0 for g in grads)
+    finally:
+        checkpoint(model, False)
+        model.zero_grad()
+        model.eval()
+    assert losses[True] == pytest.approx(losses[False], abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_removed_patch_leaves_caches_that_still_decode(llava: Any) -> None:
+    call = tiny.inputs(llava, (Prompt(images=1, text=8),))
+    with patch(llava, DROPS) as handle:
+        out = llava(**call, use_cache=True)
+        with handle.disabled():
+            step = llava(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+    assert step.logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_cropped_cache_is_refused(llava: Any) -> None:
+    call = tiny.inputs(llava, (Prompt(images=1, text=8),))
+    with patch(llava, DROPS):
+        cache = llava(**call, use_cache=True).past_key_values
+        cache.crop(4 - cache.get_seq_length())
+        with pytest.raises(CacheMismatchError, match="cropped"):
+            llava(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_the_prompt_must_come_in_one_piece(llava: Any) -> None:
+    call = tiny.inputs(llava, (Prompt(images=1, text=8),))
+    with patch(llava, DROPS), pytest.raises(UnsupportedInputError, match="one piece"):
+        llava.generate(**call, **oracle.greedy(llava), prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ("fastv@3:0.5", "does not exist"),
+        ("fastv@0:0.5", "layer 0"),
+        ("pyramiddrop(layers=(2, 1)):0.5", "ascend"),
+        ("pyramiddrop(layers=(0.5, 0.6)):0.5", "different"),
+        ("fastv@1", "no budget"),
+        ("fastv(average_keep=0.5)@1:0.5", "twice"),
+        ("fastv@1:auto", "inside"),
+        ("fastv@1:0.5 | divprune:0.5", "order of the path"),
+        ("pyramiddrop(layers=(1, 2), ratios=(0.25, 0.5))", "not grow"),
+        ("pyramiddrop(layers=(1, 2), ratios=(0.5,))", "one ratio per layer"),
+        ("fastv(average_keep=0.1)@2", "drop earlier"),
+    ],
+)
+def test_bad_configurations_say_what_to_do(llava: Any, method: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        patch(llava, method)
+    assert "generate" not in llava.__dict__
+
+
+def test_renumbering_is_refused_where_positions_have_three_axes() -> None:
+    with pytest.raises(ConfigError, match="original"):
+        patch(tiny.build("qwen2_vl"), DROPS, positions="contiguous")
+
+
+@torch.no_grad()
+def test_an_active_sliding_window_is_refused() -> None:
+    model = tiny.build("llava_pixtral")
+    model.get_decoder().config.sliding_window = 8
+    call = tiny.inputs(model, (Prompt(images=1, text=8),))
+    with patch(model, DROPS), pytest.raises(UnsupportedInputError, match="sliding window"):
+        model(**call)
+
+
+def test_stacks_that_cannot_be_shortened_are_refused(llava: Any) -> None:
+    layer = llava.get_decoder().layers[1]
+    attention = layer.self_attn
+    del layer.self_attn
+    try:
+        with pytest.raises(UnsupportedModelError, match="no attention"):
+            patch(llava, DROPS)
+    finally:
+        layer.self_attn = attention
