@@ -71,7 +71,7 @@ def energies(metric: Tensor, margin: float) -> Tensor:
 
 
 def _energies(similar: Tensor, margin: float) -> Tensor:
-    return elu(similar - margin).mean(2)
+    return elu(similar - margin, inplace=True).mean(2)
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def last_of_each(metric: Tensor, k: int) -> Matching:
 def group_sum(values: Tensor, moved: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
     """Weighted sums over groups: [b, k, d] in float32 or better.
 
-    A matrix product per unit instead of a scatter: deterministic on every device, and a unit's sums
-    do not depend on its batch. Gradients reach every row of a group.
+    Deterministic on every device, and a unit's sums do not depend on its batch. Gradients reach
+    every row of a group.
 
     Args:
         values: [b, n, d].
@@ -138,15 +138,29 @@ def group_sum(values: Tensor, moved: Tensor, k: int, weights: Tensor | None = No
         weights: [b, n]; 1 when not given.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
-    weights = torch.ones_like(moved, dtype=wide) if weights is None else weights.to(wide)
     with torch.autocast(values.device.type, enabled=False):
-        groups = torch.arange(k, device=moved.device)[:, None]
-        return torch.stack(
-            [
-                torch.where(row == groups, weight, 0) @ value.to(wide)
-                for value, row, weight in zip(values, moved, weights, strict=True)
-            ]
-        )
+        rows = values.to(wide)
+        rows = rows if weights is None else rows * weights.to(wide)[..., None]
+        # A CPU adds rows one after the other. Elsewhere that would be in any order, so a product.
+        add = _sum_by_index if values.device.type == "cpu" else _sum_by_product
+        return add(rows, moved, k)
+
+
+def _sum_by_index(rows: Tensor, moved: Tensor, k: int) -> Tensor:
+    """Sums [b, k, d] over groups, at the price of reading every row once."""
+    b, _, d = rows.shape
+    first = (k + 1) * torch.arange(b, device=moved.device)[:, None]
+    group = first + torch.where(moved < 0, k, moved)  # the last group is thrown away
+    total = rows.new_zeros(b * (k + 1), d).index_add(0, group.flatten(), rows.flatten(0, 1))
+    return total.view(b, k + 1, d)[:, :k]
+
+
+def _sum_by_product(rows: Tensor, moved: Tensor, k: int) -> Tensor:
+    """Sums [b, k, d] over groups by one matrix product per unit."""
+    groups = torch.arange(k, device=moved.device)[:, None]
+    return torch.stack(
+        [(group == groups).to(unit.dtype) @ unit for unit, group in zip(rows, moved, strict=True)]
+    )
 
 
 def group_mean(values: Tensor, moved: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
@@ -175,11 +189,7 @@ def join(values: Tensor, found: Matching, weights: Tensor) -> Tensor:
     wide = torch.promote_types(values.dtype, torch.float32)
     kept = _rows(values, found.kept).to(wide) * share.gather(1, found.kept)[..., None]
     added = _rows(values, joining).to(wide) * share.gather(1, joining)[..., None]
-    number = torch.arange(k, device=values.device)[:, None]
-    target = found.moved.gather(1, joining)
-    with torch.autocast(values.device.type, enabled=False):
-        sums = [(row == number).to(wide) @ rows for row, rows in zip(target, added, strict=True)]
-    return (kept + torch.stack(sums)).to(values.dtype)
+    return (kept + group_sum(added, found.moved.gather(1, joining), k)).to(values.dtype)
 
 
 def _totals(found: Matching, joining: Tensor, weights: Tensor) -> Tensor:
