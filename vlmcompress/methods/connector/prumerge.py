@@ -18,9 +18,8 @@ from vlmcompress.methods.base import (
     check_layers,
     only_row,
 )
-from vlmcompress.methods.ops.diversity import cosine
-from vlmcompress.methods.ops.merging import regrouped
-from vlmcompress.methods.ops.topk import descending
+from vlmcompress.methods.ops.merging import cosine, regrouped
+from vlmcompress.methods.ops.topk import among_best, descending
 
 
 @dataclass(frozen=True)
@@ -126,17 +125,12 @@ class PruMerge(AdaptiveCompressor):
 
     def _neighbourhoods(self, row: Tensor, keys: Tensor, selected: Tensor) -> Tensor:
         """[b, k, n] weights of all tokens in each selected one: 1 its own, attention of others."""
-        n = row.shape[1]
         with torch.no_grad():
-            similar = cosine(keys)
-            similar.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-            similar = torch.take_along_dim(similar, selected[..., None], 1)
-            order = descending(similar)
-        near = order[..., : min(self.neighbours, n - 1)]
-        weights = torch.zeros_like(similar)
-        attention = row[:, None].expand_as(similar)
-        weights.scatter_(2, near, attention.gather(2, near))
-        return weights.scatter_(2, selected[..., None], 1)
+            similar = cosine(torch.take_along_dim(keys, selected[..., None], 1), keys)
+            similar.scatter_(2, selected[..., None], -torch.inf)
+            near = among_best(similar, min(self.neighbours, row.shape[1] - 1))
+        weights = torch.where(near, row[:, None], 0)
+        return weights.scatter(2, selected[..., None], 1)
 
 
 def outlier_share(values: Tensor) -> Tensor:

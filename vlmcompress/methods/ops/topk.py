@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,26 @@ def top_k(scores: Tensor, k: int, last: Tensor | None = None) -> Tensor:
         behind = last.gather(1, order).long()
         order = order.gather(1, behind.sort(dim=-1, stable=True).indices)
     return order[:, :k].sort(dim=-1).values
+
+
+def among_best(values: Tensor, k: int) -> Tensor:
+    """Whether each value is one of the k largest of the last dimension; ties go to the lower index.
+
+    The first k of `descending` as a mask, without sorting what is not among them.
+
+    Args:
+        values: [..., n].
+        k: how many, 0 <= k <= n.
+
+    Returns:
+        [..., n] bool.
+    """
+    if k == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    last = values.topk(k, dim=-1).values[..., -1:]
+    above, level = values > last, values == last
+    room = k - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def descending(values: Tensor) -> Tensor:
