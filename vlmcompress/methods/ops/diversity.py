@@ -8,6 +8,9 @@ from torch.nn.functional import normalize
 
 from vlmcompress.methods.ops.topk import descending
 
+_LISTED = 16  # neighbours that `thin_out` remembers of each token
+_AT_ONCE = 128  # rows that `covering` corrects together: they stay in the cache of a core
+
 
 @torch.no_grad()
 def select(features: Tensor, k: int) -> Tensor:
@@ -96,7 +99,8 @@ def covering(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     A token is covered by its most similar picked token (by 0 at first). Each pick has the largest
     weight times gain, the gain being what it adds to the coverage of all tokens. Picked tokens
     never return, and ties go to the lower index. Gains are kept, and corrected where coverage
-    changed, which is a smaller share of tokens at every step.
+    changed, which is a smaller share of tokens at every step; in float64, where such sums are all
+    but exact.
 
     Args:
         similarity: [b, n, n] float32.
@@ -109,19 +113,24 @@ def covering(similarity: Tensor, weights: Tensor, k: int) -> Tensor:
     b, n, _ = similarity.shape
     units = torch.arange(b, device=similarity.device)
     covered = similarity.new_zeros(b, n)
-    gains = similarity.clamp(min=0).sum(1, dtype=torch.float64)
+    gains = similarity.new_zeros(b, n, dtype=torch.float64)
+    for part in torch.split(similarity, _AT_ONCE, 1):
+        gains += part.clamp(min=0).sum(1, dtype=torch.float64)
+    nothing = n * n * torch.finfo(gains.dtype).eps  # what rounding may leave of a gain of 0
     taken = torch.zeros_like(weights, dtype=torch.bool)
     picked: list[Tensor] = []
     while len(picked) < k:
-        value = (gains * weights).masked_fill(taken, -torch.inf)
+        value = torch.where(gains > nothing, gains * weights, 0).masked_fill_(taken, -torch.inf)
         picked.append(value.argmax(1))
         taken[units, picked[-1]] = True
-        now = torch.maximum(covered, similarity[units, picked[-1]])
+        now = torch.maximum(covered, similarity[units, :, picked[-1]])
         rows = (now > covered).any(0).nonzero()[:, 0]
         # What a token adds to a row falls from max(0, s - covered) to max(0, s - now).
-        part = similarity[:, rows]
-        lost = torch.minimum(part, now[:, rows, None]) - covered[:, rows, None]
-        gains -= lost.clamp_(min=0).sum(1, dtype=torch.float64)
+        for some in torch.split(rows, _AT_ONCE):
+            low, high = covered[:, some], now[:, some]
+            left = similarity[:, some].clamp(low[..., None], high[..., None])
+            gains -= left.sum(1, dtype=torch.float64)
+            gains += low.sum(1, keepdim=True, dtype=torch.float64)
         covered = now
     return torch.stack(picked, 1)
 
@@ -146,12 +155,55 @@ def thin_out(similarity: Tensor, order: Tensor, k: int, *, at_once: int = 8) -> 
     if k == 0:
         return order[:, :0]
     while order.shape[1] > k:
+        among = torch.stack(
+            [
+                unit.index_select(0, rows).index_select(1, rows)
+                for unit, rows in zip(similarity, order, strict=True)
+            ]
+        )
+        # Lists of neighbours run dry as tokens go: they are made anew when half are gone.
+        order = order.gather(1, _thin_out(among, k, max(k, order.shape[1] // 2), at_once))
+    return order
+
+
+def _thin_out(similarity: Tensor, k: int, stop: int, at_once: int) -> Tensor:
+    """Rounds of `thin_out` until at most `stop` of all tokens are left: [b, <= stop] tokens."""
+    b, m, _ = similarity.shape
+    near = similarity.topk(min(_LISTED, m), dim=2)
+    order = torch.arange(m, device=similarity.device).expand(b, m)
+    while order.shape[1] > stop:
         some, others = order[:, ::2], order[:, 1::2]
-        redundancy = [
-            unit.index_select(0, rows).index_select(1, columns).amax(1)
-            for unit, rows, columns in zip(similarity, some, others, strict=True)
-        ]
-        worst = descending(torch.stack(redundancy))
+        between = torch.zeros(b, m, dtype=torch.bool, device=order.device)
+        between.scatter_(1, others, True)
+        worst = descending(_highest(similarity, near.values, near.indices, some, between))
         dropped = min(at_once, order.shape[1] - k)
         order = torch.cat([some.gather(1, worst[:, dropped:]), others], 1)
     return order
+
+
+def _highest(
+    similarity: Tensor, values: Tensor, indices: Tensor, rows: Tensor, among: Tensor
+) -> Tensor:
+    """How similar each of `rows` is to the most similar of some tokens.
+
+    Args:
+        similarity: [b, m, m].
+        values: [b, m, t] the highest similarities of each token.
+        indices: [b, m, t] to whom.
+        rows: [b, r] tokens.
+        among: [b, m] bool, the tokens they are compared with.
+
+    Returns:
+        [b, r]: the highest on a token's list that is in `among`; where none is, the highest of its
+        whole row.
+    """
+    (b, r), (_, m, t) = rows.shape, values.shape
+    flat = (rows + m * torch.arange(b, device=rows.device)[:, None]).flatten()
+    listed = indices.view(b * m, t).index_select(0, flat)
+    there = among.gather(1, listed.view(b, r * t)).view(b, r, t)
+    found = values.view(b * m, t).index_select(0, flat).view(b, r, t)
+    highest = torch.where(there, found, -torch.inf).amax(2)
+    unit, place = highest.isneginf().nonzero(as_tuple=True)
+    whole = similarity[unit, rows[unit, place]]
+    highest[unit, place] = torch.where(among[unit], whole, -torch.inf).amax(1)
+    return highest
