@@ -36,4 +36,9 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("token_clustering", {"reconstruct": False}),
     ("vomix", {"temperature": 0.1}),
     ("hvt", {"pooling": "average"}),
+    ("t2t", {"overlap": 2}),
+    ("sit", {"reverse": True}),
 )
+
+#: Those inside the tower that take no patch off it.
+SPARSE_TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("sparsifiner", {"rank": 4}),)

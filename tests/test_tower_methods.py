@@ -16,6 +16,7 @@ from vlmcompress.core.errors import ConfigError, ConfigTypeError, EvidenceError
 from vlmcompress.methods import TowerReducer, create
 from vlmcompress.methods.ops import merging, schedules
 from vlmcompress.methods.tower.base import TowerAttention, TowerState
+from vlmcompress.methods.tower.shape import TowerShape
 from vlmcompress.methods.tower.zero_tprune import ZeroTPrune, page_rank
 
 DEPTH, HEADS, WIDTH = 12, 3, 8
@@ -38,6 +39,14 @@ def state_for(n: int, b: int = 2, cls: int = 1, seed: int = 0) -> TowerState:
     return dataclasses.replace(state, attention=TowerAttention(q, k, 0.5, v))
 
 
+def reduce(method: TowerReducer, layer: int, state: TowerState, k: int) -> TowerState:
+    """With what the method learns, untrained."""
+    n = state.patches
+    plan = (n,) * layer + (k,) * (DEPTH - layer)
+    shape = TowerShape(WIDTH, 4, n, state.cls_rows, DEPTH, plan)
+    return method.reduce(layer, dataclasses.replace(state, parts=method.parts(shape)), k)
+
+
 def unit(state: TowerState, i: int) -> TowerState:
     """One image of a batch."""
     rows = slice(i, i + 1)
@@ -55,11 +64,11 @@ def test_counts_places_and_masses(
 ):
     method, n = make(name, options), side * side
     k = max(method.tokens_kept(n, share), -(-n // 2))
-    if name in ("sta", "token_clustering"):
+    if name in ("sta", "token_clustering", "t2t"):
         k = method.tokens_kept(n, share)
     if k == n:
         return
-    short = method.reduce(4, state_for(n, seed=seed), k)
+    short = reduce(method, 4, state_for(n, seed=seed), k)
     assert short.patches == k
     assert short.hidden.shape == (2, k + 1, WIDTH)
     assert torch.equal(short.source[:, 0], torch.tensor([-1, -1]))
@@ -75,9 +84,9 @@ def test_counts_places_and_masses(
 def test_batch_is_its_units_alone(name: str, options: dict[str, Any]):
     method, state = make(name, options), state_for(36, b=3)
     k = method.tokens_kept(36, 0.6)
-    batch = method.reduce(3, state, k)
+    batch = reduce(method, 3, state, k)
     for i in range(3):
-        alone = method.reduce(3, unit(state, i), k)
+        alone = reduce(method, 3, unit(state, i), k)
         assert torch.equal(alone.source[0], batch.source[i])
         assert torch.equal(alone.assignment[0], batch.assignment[i])
         torch.testing.assert_close(alone.hidden[0], batch.hidden[i], rtol=0, atol=1e-5)
@@ -114,8 +123,8 @@ def test_options_round_trip(name: str, options: dict[str, Any]):
 @every_method
 def test_global_random_state_is_left_alone(name: str, options: dict[str, Any]):
     method, before = make(name, options), torch.get_rng_state()
-    first = method.reduce(3, state_for(36), method.tokens_kept(36, 0.6))
-    again = method.reduce(3, state_for(36), method.tokens_kept(36, 0.6))
+    first = reduce(method, 3, state_for(36), method.tokens_kept(36, 0.6))
+    again = reduce(method, 3, state_for(36), method.tokens_kept(36, 0.6))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.hidden, again.hidden)
 

@@ -21,6 +21,7 @@ from vlmcompress.families.base import Layout
 from vlmcompress.live.captured import Captured
 from vlmcompress.live.question import Asked, rows_of
 from vlmcompress.live.session import Session, running
+from vlmcompress.live.sparserun import run_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.live.tower import may_skip
 from vlmcompress.live.towerrun import TowerRun
@@ -46,6 +47,7 @@ class Encoded:
         evidence_layers: tower layers that were read.
         skipped_layers: tower layers that were not run.
         tower_patches: patches left after each tower layer, where a stage inside it acted.
+        tower_keys: keys that a query looked at in each tower layer, where some were left out.
     """
 
     output: Any
@@ -56,6 +58,7 @@ class Encoded:
     evidence_layers: tuple[int, ...]
     skipped_layers: int
     tower_patches: tuple[int, ...] = ()
+    tower_keys: tuple[int, ...] = ()
 
     @property
     def compressed(self) -> bool:
@@ -167,6 +170,8 @@ class Encoder:
             else self.depth - 1 - session.skip_after
         )
         encoded = _collect(output, groups, wanted, skipped)
+        if run is not None:
+            encoded = dataclasses.replace(encoded, tower_keys=run.keys)
         if session.acted is None:
             return encoded
         return dataclasses.replace(encoded, tower_patches=session.acted.plan)
@@ -191,7 +196,7 @@ class Encoder:
         if self._pipeline.tower is not None:
             self._check_checkpointing()
             depth = len(self._layers)
-            session.run = TowerRun(self._pipeline.tower, self._tower, depth, read)
+            session.run = run_of(self._pipeline.tower, self._tower, depth, read)
         if needs.norms:
             session.norm_layer = read
         if needs.cls_features:

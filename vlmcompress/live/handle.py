@@ -12,10 +12,12 @@ from vlmcompress.core.errors import UnsupportedInputError, VLMCompressError
 from vlmcompress.core.report import CallRecord, Report
 from vlmcompress.live import calls, positions
 from vlmcompress.live.encode import CompressedEncoding, has_pixels
+from vlmcompress.live.inside import with_parts
 from vlmcompress.live.install import check_evidence, follow_tower, outer_model, uninstall
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods import pipeline
+from vlmcompress.methods.learned import Learned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +89,16 @@ class Handle:
             )
         return last
 
+    @property
+    def parts(self) -> Learned | None:
+        """What the method inside the tower learns: a module to train, save and load.
+
+        It is no part of the model. None where nothing is learnt. `set` keeps it as long as what it
+        is made for stays the same; other budgets may need others.
+        """
+        tower = self._state.settings.pipeline.tower
+        return None if tower is None else tower.parts
+
     def overlay(self, image: Image, unit: int = 0) -> Image:
         """The picture with everything dimmed that the language model did not see.
 
@@ -128,6 +140,7 @@ class Handle:
             state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
         )
         check_evidence(state.family, self._model.base_model, new, state.clip)
+        new = with_parts(state.family, self._model.base_model, new, state.settings.pipeline)
         follow_tower(self._model, state, new)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self

@@ -11,6 +11,7 @@ from vlmcompress.core.errors import AlreadyPatchedError
 from vlmcompress.families import Family, family_of
 from vlmcompress.live.clip import source_of
 from vlmcompress.live.handle import Handle
+from vlmcompress.live.inside import with_parts
 from vlmcompress.live.install import check_evidence, check_seam, install, outer_model
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.methods import pipeline
@@ -65,6 +66,7 @@ def patch(
         MissingTextError: when the method reads the question and there is no `clip`.
         ConfigError, ConfigTypeError, UnknownMethodError: for bad `method`, `keep`, `positions` or
         `seed`.
+        CheckpointError: for a file of trained parts that cannot be used.
     """
     model = outer_model(model)
     if state_of(model) is not None:
@@ -83,6 +85,7 @@ def patch(
     )
     source = source_of(clip, processor, family.tower_module(model.base_model))
     check_evidence(family, model.base_model, built, source)
+    built = with_parts(family, model.base_model, built)
     settings = Settings(built, method is None)
     state = State(family, settings, processor, restore_length, clip=source, question=question)
     install(model, state)

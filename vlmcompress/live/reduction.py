@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmcompress.families.towers import Tower
 from vlmcompress.live.session import current
+from vlmcompress.live.sparserun import SparseRun
 from vlmcompress.live.tower import own_forward, put_forward, take_forward
 from vlmcompress.live.towerrun import TowerRun
 
@@ -24,6 +25,8 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     given = args[0] if args else kwargs["hidden_states"]
     if run.half == "mlp":
         return run.passed_over("attention", given)
+    if isinstance(run, SparseRun) and run.sparsifies:
+        return run.attention(self, given, kwargs)
     mask = run.mask(given.dtype)
     if mask is not None:
         kwargs = {**kwargs, "attention_mask": mask}

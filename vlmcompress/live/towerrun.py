@@ -31,6 +31,7 @@ class TowerRun:
 
     def __init__(self, stage: TowerStage, tower: Tower, depth: int, last: int) -> None:
         self._method, self._keep, self._tower = stage.method, stage.keep, tower
+        self._parts = stage.parts
         self._cls_rows, self._depth, self._last = int(tower.has_cls), depth, last
         self._plan: tuple[int, ...] = ()
         self._state: TowerState | None = None
@@ -70,6 +71,11 @@ class TowerRun:
     def plan(self) -> tuple[int, ...]:
         """Patches left after each layer."""
         return self._plan
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Keys that a query looks at in each layer; empty where it looks at all."""
+        return ()
 
     def reads(self, layer: int) -> bool:
         """Whether the method looks at the attention of `layer`."""
@@ -151,13 +157,15 @@ class TowerRun:
 
     def _begin(self, hidden: Tensor) -> None:
         self._state = TowerState.whole(hidden, self._cls_rows, self._depth)
+        if self._parts is not None:
+            self._parts.follow(hidden.device)
         n = self.state.patches
         if self._keep is not None and self._method.tokens_kept(n, self._keep) >= n:
             return
         self._plan = self._method.schedule(n, self._keep, self._depth, self._last)
 
     def _reduce(self, hidden: Tensor, k: int) -> Tensor:
-        state = dataclasses.replace(self.state, hidden=hidden)
+        state = dataclasses.replace(self.state, hidden=hidden, parts=self._parts)
         short = self._method.reduce(self._layer, state, k)
         self._state = _without_rows(short)
         return short.hidden

@@ -46,6 +46,9 @@ BUILTIN: dict[str, str] = {
     "token_clustering": "vlmcompress.methods.tower.token_clustering:TokenClustering",
     "vomix": "vlmcompress.methods.tower.vomix:VoMix",
     "hvt": "vlmcompress.methods.tower.hvt:HVT",
+    "t2t": "vlmcompress.methods.tower.t2t:T2T",
+    "sit": "vlmcompress.methods.tower.sit:SiT",
+    "sparsifiner": "vlmcompress.methods.tower.sparsifiner:Sparsifiner",
 }
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError, EvidenceError
 from vlmcompress.methods.base import Layer, Method, Stage
+from vlmcompress.methods.learned import Learned, Parts
 from vlmcompress.methods.options import resolve_layer
+from vlmcompress.methods.tower.shape import TowerShape
 
 Place: TypeAlias = Literal["before", "between", "after"]
 
@@ -77,6 +79,7 @@ class TowerState:
         attention: of the block that runs; None unless the method reads it.
         recipe: [b, n_full, patches] float32, weights of the rows by which every patch is made again
             at the layer where the schedule says so; None where none will be.
+        parts: what the method has learnt; None where it learns nothing.
     """
 
     hidden: Tensor
@@ -87,6 +90,7 @@ class TowerState:
     depth: int
     attention: TowerAttention | None = None
     recipe: Tensor | None = None
+    parts: Learned | None = None
 
     @classmethod
     def whole(cls, hidden: Tensor, cls_rows: int, depth: int) -> TowerState:
@@ -111,6 +115,19 @@ class TowerState:
         if self.attention is None:
             raise EvidenceError("A method in the tower needs a block's attention; none was read.")
         return self.attention
+
+    def learnt(self, kind: type[Parts]) -> Parts:
+        """What the method has learnt.
+
+        Raises:
+            EvidenceError: when the state has none of that kind.
+        """
+        if not isinstance(self.parts, kind):
+            raise EvidenceError(
+                f"A method in the tower needs its trained parts ({kind.__name__}), and the state "
+                f"has {type(self.parts).__name__}; pass what its `parts` makes."
+            )
+        return self.parts
 
     def select(self, rows: Tensor) -> TowerState:
         """Keep `rows` ([b, m], [CLS] among them) and drop the others."""
@@ -217,6 +234,19 @@ class TowerReducer(Method):
         Raises:
             ConfigError: when so many cannot go.
         """
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parts that are trained."""
+        return False
+
+    def parts(self, shape: TowerShape) -> Learned | None:
+        """What the method learns, from its file or untrained; None where it learns nothing.
+
+        Raises:
+            CheckpointError, ConfigError: for a file that cannot be used.
+        """
+        return None
 
     @abstractmethod
     def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError
-from vlmcompress.methods.ops import schedules, supertokens
+from vlmcompress.methods.ops import cells, schedules, supertokens
 from vlmcompress.methods.options import Layer, check_count, check_layers
 from vlmcompress.methods.tower.base import Place, TowerReducer, TowerState, layers_within
 
@@ -59,7 +59,7 @@ class STA(TowerReducer):
             ConfigError: for patches that form no square.
         """
         side, k = _side(n), keeping.count(keep, n)
-        return n if k == n else math.prod(_cells(side, _cell(side, k)))
+        return n if k == n else math.prod(cells.grid(side, cells.fitting(side, k)))
 
     def schedule(self, n: int, keep: float | int | None, depth: int, last: int) -> tuple[int, ...]:
         """All at once."""
@@ -69,8 +69,8 @@ class STA(TowerReducer):
     def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:
         """Gather the patches in `k` super tokens."""
         first, side = state.cls_rows, _side(state.patches)
-        cell = _cell(side, k)
-        grid = _cells(side, cell)
+        cell = cells.fitting(side, k)
+        grid = cells.grid(side, cell)
         x = state.hidden[:, first:].float().transpose(1, 2)
         x = x.reshape(*x.shape[:2], side, side)
         found = supertokens.cluster(x, cell, self.iterations)
@@ -89,18 +89,6 @@ def _side(n: int) -> int:
     return side
 
 
-def _cell(side: int, k: int) -> tuple[int, int]:
-    """Size of the cells: as many as possible but `k`, then as square as possible."""
-    sizes = [(h, w) for h in range(1, side + 1) for w in range(1, side + 1)]
-    counts = {size: math.prod(_cells(side, size)) for size in sizes}
-    fitting = [size for size in sizes if counts[size] <= k]
-    return min(fitting, key=lambda size: (-counts[size], abs(size[0] - size[1])))
-
-
-def _cells(side: int, cell: tuple[int, int]) -> tuple[int, int]:
-    return -(-side // cell[0]), -(-side // cell[1])
-
-
 def _named(
     found: supertokens.SuperTokens, side: int, cell: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -115,14 +103,6 @@ def _named(
     choice = drawn.masked_fill(~inside, -1).argmax(3)
     number = down[:, None] * grid[1] + across
     owner = torch.take_along_dim(number.expand_as(drawn), choice[..., None], 3).flatten(1)
-    middle = [
-        _middles(side, length, count, device) for length, count in zip(cell, grid, strict=True)
-    ]
-    centres = (middle[0][:, None] * side + middle[1]).flatten()
+    centres = cells.centres(side, cell, device)
     own = torch.arange(len(centres), device=device).expand(len(owner), -1)
     return centres, owner.scatter(1, centres.expand(len(owner), -1), own)
-
-
-def _middles(side: int, length: int, count: int, device: torch.device) -> Tensor:
-    start = torch.arange(count, device=device) * length
-    return (start + (start + length).clamp(max=side) - 1) // 2
