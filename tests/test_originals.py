@@ -104,6 +104,18 @@ def test_visionzip_carries_cls_in_the_place_of_a_token_that_is_merged_away():
     assert not method.raster_order
 
 
+@pytest.mark.parametrize("options", [{}, {"contextual": 1}])
+def test_visionzip_with_the_fewest_tokens_when_faithful(options: dict[str, int]):
+    """[CLS] takes the place of the only dominant token."""
+    k = 1 + options.get("contextual", 0)
+    method = make("visionzip", {"faithful": True, **options})
+    tokens = tokens_for(method, [(1, 6, 6)])
+    kept = method.compress(tokens, k)
+    assert kept.n == k
+    assert torch.equal(kept.features[:, 0], tokens.evidence.cls_features)
+    assert kept.mass.sum(1).tolist() == [36 * (k - 1)] * 2
+
+
 def test_visionzip_packs_tiles_as_released_when_faithful():
     """The whole view, dominant tokens of all tiles by place, [CLS] rows, contextual tokens."""
     method = make("visionzip", {"contextual": 2, "faithful": True})

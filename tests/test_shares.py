@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmcompress.core.errors import ConfigError
+from vlmcompress.core.errors import ConfigError, UnsupportedInputError
 from vlmcompress.core.tokens import Evidence, VisualTokens
+from vlmcompress.methods import pipeline
 from vlmcompress.methods.connector.hired import HiRED
 from vlmcompress.methods.ops.shares import apportion, at_least_one
+from vlmcompress.methods.stages import run_stages
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,6 +97,39 @@ def test_the_released_code_sees_bands():
 def test_what_tiles_cannot_take_goes_to_the_whole_view():
     tokens = _image(torch.rand(16, generator=torch.Generator().manual_seed(0)))
     assert sum(HiRED(alpha=0.1).budgets(tokens.tile, _early(tokens), 30)) == 30
+
+
+def _views(tiles: int, b: int = 1) -> VisualTokens:
+    """A whole view of 4 x 4 and tiles of 4 tokens, with any attention."""
+    tile = torch.cat([torch.zeros(16, dtype=torch.long), torch.arange(1, tiles + 1).repeat(4)])
+    rows = torch.rand(b, 1, len(tile), generator=torch.Generator().manual_seed(3))
+    evidence = Evidence(cls_attention={22: rows, 0: rows})
+    return VisualTokens.from_features(torch.zeros(b, len(tile), 1), tile=tile, evidence=evidence)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_any_number_of_tiles_and_of_tokens(tiles: int, k: int):
+    tokens = _views(tiles)
+    assert HiRED().compress(tokens, k).n == k
+    if 16 % tiles:
+        with pytest.raises(UnsupportedInputError, match=f"16 patches do not divide into {tiles}"):
+            HiRED(faithful=True).compress(tokens, k)
+
+
+def test_released_rounding_that_leaves_none():
+    with pytest.raises(ConfigError, match="1 tokens come down to none"):
+        HiRED(faithful=True).compress(_views(4), 1)
+
+
+def test_what_released_rounding_loses_is_each_images_own():
+    stages = pipeline.build("hired(faithful=True):9").stages
+    tokens = _views(4, b=6)
+    together = run_stages(stages, [tokens], 24)
+    assert len({group.n for group in together}) > 1
+    for group in together:
+        (alone,) = run_stages(stages, [tokens.take_units(group.owner)], 24)
+        assert torch.equal(alone.index, group.index)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.tiny import Prompt
-from vlmcompress import patch
+from vlmcompress import UnsupportedInputError, patch
 from vlmcompress.families import family_of
 from vlmcompress.live.encode import encoder_arguments
 
@@ -188,3 +188,31 @@ def test_the_overlay_joins_both_views():
     assert full == (1, 4, 9)
     bright = (np.asarray(picture)[..., 0] == 250).mean()
     assert 0.1 < bright < 0.9
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "divprune", "hired", "visionzip", "holov"])
+@torch.no_grad()
+def test_nan_in_one_tile_of_one_image_is_refused(method):
+    model = tiny.build("llava_next")
+    call = prompt(model)
+    call["pixel_values"][2, 1] = torch.nan
+    with (
+        patch(model, method, keep=0.3),
+        pytest.raises(UnsupportedInputError, match="hold NaN"),
+    ):
+        model(**call)
+
+
+@torch.no_grad()
+def test_released_hired_loses_what_it_loses_of_each_image_alone():
+    model = tiny.build("llava_next")
+    sizes = [(3, 8)] * 3
+    call = tiny.inputs(model, [Prompt(1, 6), Prompt(2, 9)], image_sizes=sizes)
+    with patch(model, "hired(faithful=True)", keep=7) as handle:
+        model(**call)
+        kept = handle.kept
+        for row, images in enumerate((slice(0, 1), slice(1, 3))):
+            real = call["attention_mask"][row].bool()
+            text = {k: call[k][row : row + 1, real] for k in ("input_ids", "attention_mask")}
+            model(**text, **{k: call[k][images] for k in ("pixel_values", "image_sizes")})
+            assert all(map(torch.equal, handle.kept, kept[images]))

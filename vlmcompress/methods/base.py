@@ -138,6 +138,14 @@ class TokenCompressor(Method):
         """Whether rows come out in the order of their places, which original positions need."""
         return True
 
+    @property
+    def ragged(self) -> bool:
+        """Whether images of one shape, cut into tiles, come out of different lengths.
+
+        Each then goes through `compress` alone.
+        """
+        return False
+
     def sections(self, k: int, whole: bool) -> list[int]:
         """Which section of an image's rows each of the k rows of one of its parts goes to.
 

@@ -134,6 +134,9 @@ def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
 
 def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:
     """Images of one view, or one part of images with several."""
+    if stage.method.ragged and group.tile is not None and len(group.features) > 1:
+        alone = (group.take_units(torch.tensor([i])) for i in range(len(group.features)))
+        return [out for image in alone for out in _run_whole(stage, image, depth)]
     view = _evidence_for(stage.method, group, depth)
     rows = _rows(stage.outliers.needs().cls_attention, group.evidence.cls_attention, depth)
     _refuse_nan(stage.method, view, rows.values())

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmcompress.core.errors import ConfigError, EvidenceError
+from vlmcompress.core.errors import ConfigError, EvidenceError, UnsupportedInputError
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import Layer, Needs, TokenPruner, check_layers
 from vlmcompress.methods.ops.shares import apportion
@@ -63,6 +63,11 @@ class HiRED(TokenPruner):
         """`int(n * keep)` for a fraction, at least 1; a count is clamped to n."""
         return min(n, keep if isinstance(keep, int) else max(1, int(n * keep)))
 
+    @property
+    def ragged(self) -> bool:
+        """Budgets that are rounded down view by view lose another number in every image."""
+        return self.faithful
+
     def score(self, tokens: VisualTokens) -> Tensor:
         """[b, n]: sum over heads of the [CLS] row."""
         return self._rows(tokens)[0]
@@ -79,7 +84,12 @@ class HiRED(TokenPruner):
         return [row.float().sum(1) for row in rows.values()]
 
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
-        """Keep the best patches of each view, as many as its share of the budget allows."""
+        """Keep the best patches of each view, as many as its share of the budget allows.
+
+        Raises:
+            ConfigError: when released rounding leaves none.
+            UnsupportedInputError: when released bands do not divide.
+        """
         tile = None if tokens.tile is None else tokens.tile[tokens.index[0]]
         if tile is None or int(tile.max()) == 0:
             return super().compress(tokens, keep)
@@ -91,13 +101,18 @@ class HiRED(TokenPruner):
         for score, content, last in zip(sums[0], sums[-1], outliers, strict=True):
             budgets = self.budgets(tile, content, total)
             columns = [(tile == view).nonzero()[:, 0] for view in range(len(budgets))]
+            if not any(budgets):
+                raise ConfigError(
+                    f"hired with faithful=True rounds the budget of each view of an image down, so "
+                    f"that {total} tokens come down to none; keep more, or use faithful=False."
+                )
             best = [
                 where[top_k(score[None, where], k, last[None, where])[0]]
                 for where, k in zip(columns, budgets, strict=True)
                 if k > 0
             ]
             rows.append(torch.cat(best).sort().values)
-        # Only truncation makes counts differ between images: the shortest decides.
+        # Only truncation makes counts differ between images (`ragged`): the shortest decides.
         shortest = min(len(row) for row in rows)
         return tokens.select(torch.stack([row[:shortest] for row in rows]))
 
@@ -131,7 +146,7 @@ class HiRED(TokenPruner):
         if marked:
             best[top_k(content[None], marked)[0]] = 1
         if self.faithful:
-            return best.view(tiles, -1).sum(1).tolist()
+            return self._bands(best, tiles)
         side, columns = round(n**0.5), _tiles_across(tile)
         place = torch.arange(n, device=content.device)
         down = place.div(side, rounding_mode="floor") * (tiles // columns)
@@ -139,6 +154,20 @@ class HiRED(TokenPruner):
         cell = down.div(side, rounding_mode="floor") * columns
         cell = cell + across.div(side, rounding_mode="floor")
         return torch.bincount(cell, best, minlength=tiles).long().tolist()
+
+    @staticmethod
+    def _bands(best: Tensor, tiles: int) -> list[int]:
+        """Marked patches ([n]) in each of as many runs of the raster as there are tiles.
+
+        Raises:
+            UnsupportedInputError: where patches do not divide.
+        """
+        if len(best) % tiles:
+            raise UnsupportedInputError(
+                f"hired with faithful=True takes equal runs of the whole view's patches for the "
+                f"tiles, and {len(best)} patches do not divide into {tiles}; use faithful=False."
+            )
+        return best.view(tiles, -1).sum(1).tolist()
 
 
 def _tiles_across(tile: Tensor) -> int:
