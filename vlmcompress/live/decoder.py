@@ -23,7 +23,8 @@ from vlmcompress.core.tokens import Segment
 from vlmcompress.families import Family
 from vlmcompress.families.decoders import Decoder, decoder_of
 from vlmcompress.live import layers
-from vlmcompress.live.layerrun import Act, LayerRun, create_causal_mask
+from vlmcompress.live.columns import create_causal_mask
+from vlmcompress.live.layerrun import Act, LayerRun
 from vlmcompress.live.rows import LayerRecord, Rows
 from vlmcompress.live.state import State
 from vlmcompress.methods.decoder.base import Positions
@@ -83,7 +84,7 @@ def enter(
         mode=_mode(state),
         mask=mask,
         past=past,
-        gathers_masks=state.family.sees_ahead,
+        square_masks=state.family.sees_ahead,
         attach=_attach,
     )
     layers.begin(run)

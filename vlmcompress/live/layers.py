@@ -84,14 +84,14 @@ def _before_norm(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
 
 def _before_projection(name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
     run = _run_of(module)
-    if run is None or run.half != "ahead":
+    if run is None or not run.look.ahead:
         return None
-    return (run.lean_input(name, args[0]), *args[1:])
+    return (run.look.lean_input(name, args[0]), *args[1:])
 
 
 def _after_projection(name: str, module: nn.Module, args: Any, output: Tensor) -> Any:
     run = _run_of(module)
-    if run is None or run.half != "ahead":
+    if run is None or not run.look.ahead:
         return None
     return run.lean_output(name, output)
 

@@ -143,6 +143,14 @@ class Rows:
             left = dataclasses.replace(left, where=where, renumbered=True)
         return left, chosen if order is None else order.gather(1, chosen)
 
+    def among(self, others: Rows) -> Tensor:
+        """[B, R] which of `others`, from which these were taken, each row is; 0 for padding."""
+        places = torch.arange(others.index.shape[1], device=self.index.device)
+        own = torch.where(others.valid & ~others.fresh, others.index, self.index.amax() + 1)
+        table = self.index.new_zeros(len(own), int(own.max()) + 1)
+        table.scatter_(1, own, places.expand_as(own))
+        return torch.where(self.valid, table.gather(1, self.index), 0)
+
     def _counted_anew(self, valid: Tensor) -> Tensor:
         """[B, R'] columns from each sample's first on, one for each valid row."""
         first = torch.where(self.valid, self.where, self.where.amax() + 1).amin(1, keepdim=True)
@@ -225,6 +233,12 @@ class LayerRecord:
     def columns(self, held: int) -> int:
         """Columns of the conversation when layer 0 holds `held` keys."""
         return self.length + held - self.layers[0].seen.shape[1]
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows ([B, R']) of [B, R, d]."""
+    rows = rows.to(values.device)[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, rows)
 
 
 def _like(index: Tensor, values: Tensor) -> Tensor:
