@@ -8,13 +8,14 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_ARGS ?=
+PARETO_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 METHODS_ARGS ?=
 RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results readme
+.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme
 
 setup: $(STAMP)
 
@@ -54,13 +55,22 @@ reference-results: $(STAMP)  ## the tables of the reference model and its target
 	$(BIN)/vlmcompress reference study --out $(RESULTS)/reference_eval.json
 	$(BIN)/python scripts/readme.py
 
-# Most of an hour on two cores, first questions, then times. Parts are kept in build/methods.parts:
-# a method's are measured anew when its file or the weights change. METHODS_ARGS=--fresh: all.
+# On two cores half an hour of questions, then twenty minutes of times. Parts are kept in
+# build/methods.parts: a method's are measured anew when its file or the weights change, all of them
+# with METHODS_ARGS=--fresh.
 methods-results: $(STAMP)  ## the table of all methods: accuracy and speed
 	$(BIN)/vlmcompress eval methods --out eval_harness/results/methods.json $(METHODS_ARGS)
 	$(BIN)/python scripts/readme.py
 
-results: reference-results methods-results  ## the results files that the documentation quotes
+# A few minutes per round and as much for the questions. Parts are kept in docs/assets/pareto.parts:
+# times outlive the reference's weights. One thread and processor time, which other work on the
+# machine hardly changes.
+pareto: $(STAMP)  ## accuracy against time over methods in the tower and after it
+	mkdir -p $(RESULTS)
+	$(SINGLE) $(BIN)/vlmcompress pareto --clock cpu --out $(RESULTS)/pareto.json $(PARETO_ARGS)
+	$(BIN)/python scripts/readme.py
+
+results: reference-results methods-results pareto  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
 
 readme: demo  ## pictures and tables of README.md and docs/ from results
@@ -84,6 +94,12 @@ test-wheel:  ## the wheel in dist/ runs where it is installed alone
 import-time: $(STAMP)  ## import times beside those of transformers
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m eval_harness.import_time --out $(RESULTS)/import_time.json > /dev/null
+	$(BIN)/python scripts/readme.py
+
+# One thread and its processor time, which other work on the machine hardly changes.
+selection-time: $(STAMP)  ## time of every method's selection, as a share of the tower's
+	mkdir -p $(RESULTS)
+	$(SINGLE) $(BIN)/vlmcompress bench-selection --clock cpu --device cpu --keeps 0.1,0.5 --repeats 3 --out $(RESULTS)/selection.json
 	$(BIN)/python scripts/readme.py
 
 support: $(STAMP)  ## what a patched model works with: docs/support.md from the outcomes of tests

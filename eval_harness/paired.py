@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,15 @@ class World:
     def summary(self) -> dict[str, Any]:
         """Estimates of everything."""
         full, blind = right_of([self.bare["full"]]), right_of([self.bare["blind"]])
-        return {
-            "questions": len(full),
-            "images": len(set(self.bare["scenes"])),
-            "full": self._estimate(full),
-            "blind": self._estimate(blind),
+        sizes = {"questions": len(full), "images": len(set(self.bare["scenes"]))}
+        values = {
+            "full": full,
+            "blind": blind,
             "accuracy": self._table(lambda row, _: row),
             "over_random": self._table(lambda row, random: row - random),
             "over_full": self._table(lambda row, _: row - full),
         }
+        return {**sizes, **self._estimated(values)}
 
     def refused(self) -> list[dict[str, Any]]:
         """What the library refuses, and why."""
@@ -58,11 +58,11 @@ class World:
         ]
 
     def _table(self, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, Any]:
-        """{mode: {keep: {method: estimate}}} of a function of a method's answers and random's."""
+        """{mode: {keep: {method: [questions]}}} from a method's answers and random's."""
         return {
             mode: {
                 str(keep): {
-                    method: self._estimate(value(row, random))
+                    method: value(row, random)
                     for method in self.answers
                     for row in self._rows(method, mode, keep)
                     for random in self._rows(self.against, mode, keep)
@@ -79,10 +79,26 @@ class World:
             return [right_of([self.bare["full"]])]  # all is kept, so nothing was run
         return [] if kept is None else [right_of(kept)]
 
-    def _estimate(self, values: np.ndarray) -> list[float]:
+    def _estimated(self, values: dict[str, Any]) -> dict[str, Any]:
+        """[mean, low, high] in place of every array of a nested dict."""
         kinds, scenes = np.array(self.bare["kinds"]), np.array(self.bare["scenes"])
-        found = statistics.mean_over_kinds(values, kinds, scenes, seed=self.seed)
-        return [round(value, 4) for value in (found.mean, found.low, found.high)]
+        found = statistics.means_over_kinds([*_leaves(values)], kinds, scenes, seed=self.seed)
+        estimates = iter([round(x, 4) for x in (e.mean, e.low, e.high)] for e in found)
+
+        def filled(value: Any) -> Any:
+            nested = isinstance(value, dict)
+            return {k: filled(v) for k, v in value.items()} if nested else next(estimates)
+
+        return {name: filled(value) for name, value in values.items()}
+
+
+def _leaves(value: Any) -> Iterator[np.ndarray]:
+    """The arrays of a nested dict, in its order."""
+    if not isinstance(value, dict):
+        yield value
+        return
+    for inner in value.values():
+        yield from _leaves(inner)
 
 
 def right_of(runs: Iterable[str]) -> np.ndarray:

@@ -49,7 +49,7 @@ class SpeedPlan:
     shape: str = "llava-1.5-1b"
     dtype: str = "bfloat16"
     keep: float = 0.1
-    rounds: int = 5
+    rounds: int = 3
     warmup: int = 1
     device: str = "cpu"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -64,20 +65,45 @@ def mean_over_kinds(
     Raises:
         ConfigError: without questions, or when the lengths differ.
     """
+    (found,) = means_over_kinds([values], kinds, images, seed=seed, confidence=confidence)
+    return found
+
+
+def means_over_kinds(
+    rows: Sequence[np.ndarray],
+    kinds: np.ndarray,
+    images: np.ndarray,
+    *,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[Estimate]:
+    """`mean_over_kinds` of many rows of values of the same questions, with one resampling.
+
+    Args:
+        rows: [n] numbers each.
+        kinds: [n] kind of each question.
+        images: [n] image of each question.
+        seed: of the resampling.
+        confidence: level of the intervals.
+
+    Raises:
+        ConfigError: without questions, or when the lengths differ.
+    """
     import numpy as np
 
-    if not len(values) == len(kinds) == len(images) > 0:
+    lengths = {len(row) for row in rows} or {0}
+    if not {len(kinds)} == {len(images)} == lengths or not len(kinds):
         raise ConfigError(
             "values, kinds and images need one length above 0; "
-            f"got {len(values)}, {len(kinds)} and {len(images)}."
+            f"got {', '.join(map(str, sorted(lengths)))}, {len(kinds)} and {len(images)}."
         )
-    sums, counts = _tables(np.asarray(values, dtype=float), kinds, images)
-    point = float((sums.sum(0) / counts.sum(0)).mean())
-    if len(sums) < 2:
-        return Estimate(point, point, point)
+    sums, counts = _tables(np.stack(rows).astype(float), kinds, images)
+    points = (sums.sum(0) / counts.sum(0)).mean(-1)
+    if len(counts) < 2:
+        return [Estimate(point, point, point) for point in points.tolist()]
     result = require("scipy.stats").bootstrap(
-        (np.arange(len(sums)),),
-        lambda rows, axis=-1: _resampled(sums[rows], counts[rows]),
+        (np.arange(len(counts)),),
+        lambda drawn, axis=-1: _resampled(drawn, sums, counts),
         n_resamples=_RESAMPLES,
         batch=_BATCH,
         vectorized=True,
@@ -85,29 +111,34 @@ def mean_over_kinds(
         confidence_level=confidence,
         rng=np.random.default_rng(seed),
     )
-    interval = result.confidence_interval
-    return Estimate(point, float(interval.low), float(interval.high))
+    low, high = result.confidence_interval.low, result.confidence_interval.high
+    return [Estimate(*map(float, values)) for values in zip(points, low, high, strict=True)]
 
 
 def _tables(
-    values: np.ndarray, kinds: np.ndarray, images: np.ndarray
+    rows: np.ndarray, kinds: np.ndarray, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and counts of the values, both [images, kinds]."""
+    """Sums [images, rows, kinds] and counts [images, kinds] of values [rows, questions]."""
     import numpy as np
 
     kind_names, kind = np.unique(kinds, return_inverse=True)
     image_names, image = np.unique(images, return_inverse=True)
-    shape = (len(image_names), len(kind_names))
-    sums, counts = np.zeros(shape), np.zeros(shape)
-    np.add.at(sums, (image, kind), values)
+    counts = np.zeros((len(image_names), len(kind_names)))
+    sums = np.zeros((*counts.shape, len(rows)))
+    np.add.at(sums, (image, kind), rows.T)
     np.add.at(counts, (image, kind), 1)
-    return sums, counts
+    return sums.swapaxes(1, 2), counts
 
 
-def _resampled(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean over kinds of resampled tables [..., images, kinds]; kinds not drawn are left out."""
+def _resampled(drawn: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[rows, ...] means over kinds of drawn images [..., images]; kinds not drawn are left out."""
     import numpy as np
 
-    total, n = sums.sum(-2), counts.sum(-2)
+    size = len(counts)
+    flat = drawn.reshape(-1, size)
+    places = flat + size * np.arange(len(flat))[:, None]
+    times = np.bincount(places.ravel(), minlength=flat.size).reshape(flat.shape).astype(float)
+    total = np.tensordot(times, sums, axes=1)
+    n = (times @ counts)[:, None]
     means = np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0)
-    return np.nanmean(means, axis=-1)
+    return np.nanmean(means, axis=-1).T.reshape(-1, *drawn.shape[:-1])

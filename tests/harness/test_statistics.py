@@ -44,6 +44,26 @@ def test_interval_holds_the_mean_and_repeats():
     assert 0.08 < first.high - first.low < 0.2
 
 
+def test_many_rows_at_once_are_the_same():
+    rows = [_values(rate) for rate in (0.2, 0.5, 0.9)] + [_values(0.5) - _values(0.9)]
+    together = statistics.means_over_kinds(rows, KINDS, IMAGES, seed=2)
+    assert together == [statistics.mean_over_kinds(row, KINDS, IMAGES, seed=2) for row in rows]
+    with pytest.raises(ConfigError, match="one length"):
+        statistics.means_over_kinds([rows[0], rows[1][:3]], KINDS, IMAGES)
+    with pytest.raises(ConfigError, match="one length"):
+        statistics.means_over_kinds([], KINDS, IMAGES)
+
+
+def test_an_interval_is_that_of_resampled_images():
+    values, drawn = _values(0.7), np.random.default_rng(1)
+    means = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(i == IMAGES) for i in drawn.integers(0, 50, 50)])
+        means.append(np.mean([values[rows][KINDS[rows] == kind].mean() for kind in "ab"]))
+    found = statistics.mean_over_kinds(values, KINDS, IMAGES)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.008)
+
+
 def test_shared_images_widen_the_interval():
     values = np.repeat(_values(0.5)[:50], 4)
     clustered = statistics.mean_over_kinds(values, KINDS, IMAGES)

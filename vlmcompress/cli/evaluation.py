@@ -40,7 +40,7 @@ def methods(
     processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
     speed: Annotated[bool, typer.Option(help="Time the methods on a model of --shape.")] = True,
     shape: Annotated[str, typer.Option(help="Of the timed model.")] = "llava-1.5-1b",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per method.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per method.")] = 3,
     parts: Annotated[
         Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
     ] = None,
