@@ -20,7 +20,7 @@ from vlmcompress.methods import registry
 from vlmcompress.reference import KINDS, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "reference")
+COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "pareto", "reference")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,23 @@ def test_bench(run, tmp_path):
     found = json.loads(result.stdout)
     assert isinstance(found["floor_ratio"], float)
     assert json.loads(out.read_text()) == found
+
+
+def test_pareto(run, tmp_path):
+    out, plot = tmp_path / "pareto.json", tmp_path / "pareto.png"
+    options = ("--random-weights", "tiny", "--dtype", "float32", "--rounds", 1, "--n", 8)
+    more = ("--n-text", 0, "--connectors", "vtc_cls", "--processes", 1)
+    text = run(
+        "pareto", "--out", out, "--plot", plot, *options, *more, "--towers", "evit:0.4; sta:0.5"
+    ).stdout
+    results = json.loads(out.read_text())
+    specs = [point["spec"] for point in results["points"]]
+    assert specs == ["vtc_cls", "evit:0.4 | vtc_cls", "sta:0.5 | vtc_cls"]
+    assert all(spec.split(" | ")[0] in text for spec in specs)
+    assert results["goal"]["target"][1:] in text
+    assert Image.open(plot).width > 900
+    wrong = run("pareto", "--out", out, "--keeps", "58", code=1)
+    assert "shares in (0, 1)" in wrong.stderr
 
 
 def test_bench_has_a_floor_ratio_of_any_configuration(run):
