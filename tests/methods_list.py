@@ -42,3 +42,17 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 #: Those inside the tower that take no patch off it.
 SPARSE_TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("sparsifiner", {"rank": 4}),)
+
+#: Those inside the language model, with layers that a model of three has.
+LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fastv", {"layers": (1,)}),
+    ("pyramiddrop", {"layers": (1, 2)}),
+    ("random_layer", {"layers": (1, 2), "seed": 3}),
+    ("uniform_layer", {"layers": (1, 2)}),
+    ("sparsevlm", {"layers": (1, 2), "recycled": 0.5}),
+    ("fitprune", {}),
+    ("vscan_llm", {"layers": (1,), "rotary": False}),
+    ("topv", {"layers": (1,), "recovered": 0.25}),
+    ("holitom_llm", {"layers": (2,)}),
+    ("prunevid_llm", {"layers": (1,)}),
+)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.methods_list import CONNECTOR_METHODS, SPARSE_TOWER_METHODS, TOWER_METHODS
+from tests.methods_list import (
+    CONNECTOR_METHODS,
+    LAYER_METHODS,
+    SPARSE_TOWER_METHODS,
+    TOWER_METHODS,
+)
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods import TokenCompressor, create, get, names, registry, table
@@ -19,7 +24,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 def test_every_method_is_in_the_test_list():
     tower = TOWER_METHODS + SPARSE_TOWER_METHODS
-    for stage, methods in (("connector", CONNECTOR_METHODS), ("tower", tower)):
+    stages = {"connector": CONNECTOR_METHODS, "tower": tower, "decoder": LAYER_METHODS}
+    for stage, methods in stages.items():
         listed = [name for name, _ in methods]
         assert len(set(listed)) == len(listed)
         assert set(listed) == {n for n in registry.BUILTIN if get(n).stage == stage}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.parity import tower
+from tests.parity import decoder, tower
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.methods import TokenCompressor, TokenPruner, create
 from vlmcompress.methods.base import AdaptiveCompressor, resolve_layer
@@ -363,7 +363,7 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "vispruner": _vispruner,
     "scope": _scope,
     "holov": _holov,
-    "vscan": _vscan,
+    "vscan": lambda inputs: (decoder.vscan if "normed" in inputs else _vscan)(inputs),
     "cdpruner": _cdpruner,
     "tome": _tome,
     "pitome": _pitome,
@@ -371,4 +371,8 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "ats": tower.ats,
     "mctf": tower.mctf,
     "sta": tower.sta,
+    "fastv": decoder.fastv,
+    "pyramiddrop": decoder.pyramiddrop,
+    "sparsevlm": decoder.sparsevlm,
+    "prunevid": decoder.prunevid,
 }

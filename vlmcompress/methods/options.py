@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from vlmcompress.core.errors import ConfigError, ConfigTypeError
@@ -91,3 +92,18 @@ def check_number(method: str, name: str, value: object, low: float, high: float)
         raise ConfigError(
             f"{method}'s {name} is {value!r}; it must be finite and lie in [{low:g}, {high:g}]."
         )
+
+
+def check_choice(method: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """Check an option that must be one of a few values.
+
+    Raises:
+        ConfigError: for any other, and for bools where numbers are allowed.
+    """
+    if value not in allowed or isinstance(value, bool) not in map(_is_bool, allowed):
+        choices = ", ".join(map(repr, allowed))
+        raise ConfigError(f"{method}'s {name} is {value!r}; allowed are {choices}.")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)

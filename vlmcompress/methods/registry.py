@@ -49,6 +49,16 @@ BUILTIN: dict[str, str] = {
     "t2t": "vlmcompress.methods.tower.t2t:T2T",
     "sit": "vlmcompress.methods.tower.sit:SiT",
     "sparsifiner": "vlmcompress.methods.tower.sparsifiner:Sparsifiner",
+    "fastv": "vlmcompress.methods.decoder.fastv:FastV",
+    "pyramiddrop": "vlmcompress.methods.decoder.pyramiddrop:PyramidDrop",
+    "random_layer": "vlmcompress.methods.decoder.random_layer:RandomLayer",
+    "uniform_layer": "vlmcompress.methods.decoder.uniform_layer:UniformLayer",
+    "sparsevlm": "vlmcompress.methods.decoder.sparsevlm:SparseVLM",
+    "fitprune": "vlmcompress.methods.decoder.fitprune:FitPrune",
+    "vscan_llm": "vlmcompress.methods.decoder.vscan_llm:VScanLLM",
+    "topv": "vlmcompress.methods.decoder.topv:TopV",
+    "holitom_llm": "vlmcompress.methods.decoder.holitom_llm:HoliTomLLM",
+    "prunevid_llm": "vlmcompress.methods.decoder.prunevid_llm:PruneVidLLM",
 }
 
 

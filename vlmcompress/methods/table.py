@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import Layer, Method, TokenCompressor
+from vlmcompress.methods.decoder.base import LayerReducer
 from vlmcompress.methods.tower.base import TowerReducer
 
 #: Keys of a row and what stands above them.
@@ -27,6 +28,13 @@ COLUMNS: Mapping[str, str] = {
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 
 _SPACES = {"none": "", "tower": "features (tower)", "llm": "features (LLM)"}
+_INSIDE = {
+    "nothing": "",
+    "previous": "attention of the layers before its sites",
+    "own": "attention of its layers",
+    "next": "queries and keys of the layers behind its sites",
+    "features": "features around the layers before its sites",
+}
 
 
 def rows(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -83,17 +91,24 @@ def insert(document: str) -> str:
 def _row(name: str) -> dict[str, Any]:
     method = registry.get(name)()
     # A published name belongs to one method; its other place is told by the suffix.
-    cases = parity_cases().get(name.removesuffix("_tower"), ())
+    cases = parity_cases().get(name.removesuffix("_tower").removesuffix("_llm"), ())
     return {
         "name": name,
         "stage": method.stage,
         "evidence": _looks_at(method),
-        "text_aware": method.needs().text,
+        "text_aware": _text_aware(method),
         "count_kind": method.count_kind,
         "training_free": method.training_free,
         "paper": method.paper,
         "parity": list(cases) if name in registry.BUILTIN else [],
     }
+
+
+def _text_aware(method: Method) -> bool:
+    """Whether the question decides: by its words, or by rows of the LLM that have read it."""
+    if isinstance(method, LayerReducer):
+        return method.reads in ("previous", "own", "next")
+    return method.needs().text
 
 
 def _yes(fact: bool) -> str:
@@ -119,6 +134,7 @@ def _looks_at(method: Method) -> str:
         "text" if needs.text else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
         _in_blocks(method) if isinstance(method, TowerReducer) else "",
+        *(_in_layers(method) if isinstance(method, LayerReducer) else ()),
     ]
     return "; ".join(filter(None, parts)) or "places only"
 
@@ -126,6 +142,10 @@ def _looks_at(method: Method) -> str:
 def _in_blocks(method: TowerReducer) -> str:
     what = " and ".join(sorted(method.looks_at)) or "features"
     return f"{what} of the blocks that reduce"
+
+
+def _in_layers(method: LayerReducer) -> tuple[str, str]:
+    return _INSIDE[method.reads], "embeddings" if method.reads_embedded else ""
 
 
 def _layers(what: str, layers: tuple[Layer, ...]) -> str:
