@@ -12,6 +12,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -175,6 +176,24 @@ class _Words:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[len(word) for word in text.split()])
+
+
+def build_tower(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CLIPVisionModel:
+    """The vision tower of a known shape alone, with random weights, in eval mode.
+
+    Args:
+        name: one of `names()`.
+        dtype: type of all weights.
+        device: where it ends up.
+    """
+    device = torch.device(device)
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(forked), no_init_weights(), device:
+        tower = CLIPVisionModel._from_config(config(name).vision_config, dtype=dtype)
+    _fill(tower, seed=0)
+    return tower.eval()
 
 
 @torch.no_grad()

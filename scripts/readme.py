@@ -133,6 +133,33 @@ def import_region(results: dict[str, Any]) -> str:
     )
 
 
+def selection_region(results: dict[str, Any]) -> str:
+    """What choosing tokens takes beside the tower, and where it comes from."""
+    protocol, machine = results["protocol"], results["machine"]
+    keeps = protocol["keeps"]
+    shares = {(row["method"], row["keep"]): row for row in results["methods"]}
+    rows = [
+        [f"`{name}`", *(_share(shares[name, keep]) for keep in keeps)]
+        for name in dict.fromkeys(row["method"] for row in results["methods"])
+    ]
+    clock = "processor" if protocol["clock"] == "cpu" else "wall"
+    return (
+        f"{markdown(['', *(f'keep {keep}' for keep in keeps)], rows)}\n\n"
+        f"{clock.capitalize()} time of selection as a share of that of the tower of "
+        f"`{machine['shape']}` in {machine['dtype']} on {protocol['views']} views "
+        f"({protocol['tokens']:,} tokens of width {protocol['width']:,}), medians of "
+        f"{protocol['repeats']} interleaved rounds; bold where it is not below "
+        f"{100 * protocol['bound']:.0f} %. "
+        f"{_source('assets/selection.json', machine, 'make selection-time')}"
+    )
+
+
+def _share(row: dict[str, Any]) -> str:
+    """A share of the tower's time in percent."""
+    text = f"{100 * row['share']:.2f} %"
+    return text if row["within"] else f"**{text}**"
+
+
 def matrix_region(results: dict[str, Any]) -> str:
     """The table method x family of the full matrix, and where it comes from."""
     families = results["axes"]["family"]
@@ -213,6 +240,8 @@ def documents() -> dict[Path, str]:
     benchmarking = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
     exactness = (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
     exactness = _measured(exactness, "matrix", "matrix.json", matrix_region)
+    benchmarking = _measured(benchmarking, "imports", "import_time.json", import_region)
+    benchmarking = _measured(benchmarking, "selection", "selection.json", selection_region)
     readme = _measured(readme, "table", "results.json", accuracy_region)
     readme = _measured(readme, "bench", "bench.json", bench_region)
     table = families_table()
@@ -233,9 +262,7 @@ def documents() -> dict[Path, str]:
         ROOT / "docs" / "exactness.md": _measured(
             exactness, "exemptions", "matrix.json", exemptions_region
         ),
-        ROOT / "docs" / "benchmarking.md": _measured(
-            benchmarking, "imports", "import_time.json", import_region
-        ),
+        ROOT / "docs" / "benchmarking.md": benchmarking,
     }
 
 

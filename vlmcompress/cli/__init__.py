@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from vlmcompress.cli import bench, demo, doctor, evaluation, generate, methods, pareto, reference
+from vlmcompress.cli import (
+    bench,
+    demo,
+    doctor,
+    evaluation,
+    generate,
+    methods,
+    pareto,
+    reference,
+    selection,
+)
 from vlmcompress.cli.output import Group
 
 app = typer.Typer(
@@ -25,6 +35,7 @@ app.command()(methods.methods)
 app.command()(generate.generate)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
+app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(reference.app, name="reference")
