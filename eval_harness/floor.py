@@ -1,9 +1,12 @@
-"""The two halves of the floor: the tower alone, and the prefill of a short prompt alone."""
+"""The two halves of the floor: the tower alone, and the prefill of a short prompt alone.
+
+And the ideal of methods inside the language model: each of its layers alone, at its own length.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +37,39 @@ def prefill_alone(parts: Parts, embeddings: Tensor, clock: Clock) -> float:
     def call() -> None:
         hidden = parts.language_model(inputs_embeds=embeddings, use_cache=True)[0]
         parts.head(hidden[:, -1:])
+
+    with torch.no_grad():
+        return clock.time(call)
+
+
+def layers_alone(parts: Parts, embeddings: Tensor, lengths: Sequence[int], clock: Clock) -> float:
+    """Seconds of the language model's layers, each at its own length, and of its head.
+
+    Every layer gets the first rows of the one before, nothing is chosen, and the cache is filled.
+
+    Args:
+        parts: the model's; layers as in Llama, with 1-D positions.
+        embeddings: [B, L, d] the embedded prompt.
+        lengths: rows of each layer.
+        clock: of the model's device.
+    """
+    from transformers import DynamicCache
+
+    model: Any = parts.language_model
+    where = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    cos, sin = model.rotary_emb(embeddings, position_ids=where)
+
+    def call() -> None:
+        hidden, cache = embeddings, DynamicCache(config=model.config)
+        for layer, length in zip(model.layers, lengths, strict=True):
+            hidden = layer(
+                hidden[:, :length],
+                attention_mask=None,
+                position_embeddings=(cos[:, :length], sin[:, :length]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        parts.head(model.norm(hidden)[:, -1:])
 
     with torch.no_grad():
         return clock.time(call)

@@ -7,12 +7,13 @@ matrix product (norms, activations, softmax, sorting) counts as nothing: the con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vlmcompress.core.costs import prefill_flops
+from vlmcompress.core.costs import layered_flops, prefill_flops
 from vlmcompress.core.errors import UnsupportedModelError
 
 
@@ -67,6 +68,7 @@ def prefill(
     connector_tokens: int,
     prompt_tokens: int,
     tower_layers: int | None = None,
+    layers: Sequence[tuple[int, int]] = (),
 ) -> Flops:
     """Operations of one prefill of a LLaVA, the logits of the last position included.
 
@@ -78,8 +80,10 @@ def prefill(
         connector_tokens: rows that the connector sees, over all images.
         prompt_tokens: rows that the language model sees.
         tower_layers: layers that the tower runs; all when not given.
+        layers: rows in attention and MLP of each layer of the language model, where they differ.
     """
-    decoder = prefill_flops(config.text_config, prompt_tokens)
+    text = config.text_config
+    decoder = layered_flops(text, layers) if layers else prefill_flops(text, prompt_tokens)
     if decoder is None:
         raise UnsupportedModelError(
             f"No formula for a {config.text_config.model_type!r} language model; dense Llama-like "

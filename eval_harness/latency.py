@@ -5,7 +5,8 @@ on the device to the first token's logits. TPOT is the time between the first an
 logits of one greedy `generate`, per token after the first. The floor is the tower alone
 (`get_image_features`, all layers) plus the prefill of the shortened sequence alone; the floor ratio
 says how far a method's TTFT is from it (skipping tower layers that nobody reads can give less than
-1). Ratios are medians of ratios taken within one round. "Unpatched" is `handle.disabled()`: the
+1). The ideal of a method inside the language model is each layer alone at its own length. Ratios are
+medians of ratios taken within one round. "Unpatched" is `handle.disabled()`: the
 model's own path, with idle hooks on it.
 """
 
@@ -23,8 +24,16 @@ from transformers import PreTrainedModel
 
 from eval_harness import flops, machine
 from eval_harness.clock import Clock, ClockKind
-from eval_harness.floor import prefill_alone, tower_alone
-from eval_harness.rounds import Sample, Side, against_floor, evidence, interleave, timings
+from eval_harness.floor import layers_alone, prefill_alone, tower_alone
+from eval_harness.rounds import (
+    Sample,
+    Side,
+    against_floor,
+    against_ideal,
+    evidence,
+    interleave,
+    timings,
+)
 from eval_harness.stages import Parts, Trace, parts, timed_call, traced
 from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import ConfigError
@@ -117,13 +126,14 @@ class _Bench:
     def run(self, repeats: int, warmup: int, new_tokens: int) -> dict[str, Any]:
         """Everything that is reported of this configuration."""
         before, after = self._probe(patched=False), self._probe(patched=True)
-        samples = interleave(self._sides(after.embeddings), repeats, warmup)
+        samples = interleave(self._sides(after), repeats, warmup)
         tpot = self._tpot(new_tokens)
         return {
             "method": self.method,
             "keep": self.keep,
             **timings(samples),
             **against_floor(samples),
+            **against_ideal(samples),
             "evidence": evidence(samples),
             "tpot": tpot["method"],
             **after.facts,
@@ -137,16 +147,19 @@ class _Bench:
         """One untimed prefill that tells shapes, cache and memory."""
         with self._patched() if patched else self.handle.disabled(), torch.no_grad():
             _, trace, output = timed_call(self._prefill, self.parts, self.clock, True)
-            kept = self.handle.last.kept if patched else None
+            last = self.handle.last if patched else None
+            kept = None if last is None else last.kept
             peak = self.clock.peak_memory(self._prefill)
         facts = {
             "tokens": self._image_tokens() if kept is None else sum(len(k) for k in kept),
             "prompt_tokens": trace.embeddings.shape[1],
             "kv_bytes": cache_bytes(output.past_key_values),
             "peak_memory_bytes": peak,
-            "flops": self._flops(trace, self.handle.last.skipped_layers if patched else 0),
+            "flops": self._flops(trace, last),
+            "tokens_in_layers": None if last is None else [sum(n) for n in last.layer_tokens],
         }
-        return _Probe(facts, trace.embeddings)
+        lengths = () if last is None else last.layer_lengths
+        return _Probe(facts, trace.embeddings, [attention for attention, _ in lengths])
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
@@ -156,7 +169,7 @@ class _Bench:
     def _image_tokens(self) -> int:
         return int((self.inputs["input_ids"] == self.model.config.image_token_id).sum())
 
-    def _flops(self, trace: Trace, skipped: int) -> dict[str, int] | None:
+    def _flops(self, trace: Trace, last: Any) -> dict[str, int] | None:
         config = self.model.config
         if config.model_type != "llava" or "clip" not in config.vision_config.model_type:
             return None
@@ -165,16 +178,21 @@ class _Bench:
             images=self.inputs["pixel_values"].shape[0],
             connector_tokens=trace.connector_tokens,
             prompt_tokens=trace.embeddings.shape[1],
-            tower_layers=config.vision_config.num_hidden_layers - skipped,
+            tower_layers=config.vision_config.num_hidden_layers
+            - (0 if last is None else last.skipped_layers),
+            layers=() if last is None else last.layer_lengths,
         ).to_dict()
 
-    def _sides(self, short: Tensor) -> dict[str, Side]:
+    def _sides(self, probe: _Probe) -> dict[str, Side]:
+        short = probe.embeddings
         sides: dict[str, Side] = {
             "baseline": self._baseline,
             "tower_alone": self._tower_alone,
             "method": lambda: self._as(self.method),
             "prefill_alone": lambda: self._prefill_alone(short),
         }
+        if probe.lengths:
+            sides["layers_alone"] = lambda: self._layers_alone(short, probe.lengths)
         if self._looks_at_the_tower():
             sides["no_evidence"] = lambda: self._as(_NO_EVIDENCE)
         return sides
@@ -202,6 +220,10 @@ class _Bench:
     def _prefill_alone(self, embeddings: Tensor) -> Sample:
         with self.handle.disabled():
             return {"seconds": prefill_alone(self.parts, embeddings, self.clock)}
+
+    def _layers_alone(self, embeddings: Tensor, lengths: Sequence[int]) -> Sample:
+        with self.handle.disabled():
+            return {"seconds": layers_alone(self.parts, embeddings, lengths, self.clock)}
 
     def _tpot(self, new_tokens: int) -> dict[str, float | None]:
         if new_tokens < 2:
@@ -231,3 +253,4 @@ class _Bench:
 class _Probe:
     facts: dict[str, Any]
     embeddings: Tensor
+    lengths: Sequence[int]

@@ -69,6 +69,18 @@ def against_floor(samples: dict[str, list[Sample]]) -> dict[str, Any]:
     }
 
 
+def against_ideal(samples: dict[str, list[Sample]]) -> dict[str, Any]:
+    """The prefill of a method inside the LLM over its layers alone, round by round."""
+    if "layers_alone" not in samples:
+        return {"ideal_ratio": None}
+    alone = [row["seconds"] for row in samples["layers_alone"]]
+    prefill = [row["prefill"] for row in samples["method"]]
+    return {
+        "ideal_ratio": median(p / a for p, a in zip(prefill, alone, strict=True)),
+        "layers_alone": summary(alone),
+    }
+
+
 def evidence(samples: dict[str, list[Sample]]) -> dict[str, float | None] | None:
     """What looking at the tower costs: with it minus without it, round by round."""
     if "no_evidence" not in samples:

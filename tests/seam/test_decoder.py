@@ -338,3 +338,22 @@ def test_stacks_that_cannot_be_shortened_are_refused(llava: Any) -> None:
             patch(llava, DROPS)
     finally:
         layer.self_attn = attention
+
+
+@torch.no_grad()
+def test_a_failed_call_does_not_reach_the_next_use_of_the_layers(llava: Any) -> None:
+    call = tiny.inputs(llava, (Prompt(images=1, text=8),))
+    embedded = torch.randn(1, 12, llava.get_decoder().config.hidden_size)
+    want = llava.get_decoder()(inputs_embeds=embedded).last_hidden_state
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    with patch(llava, DROPS):
+        llava(**call)
+        assert torch.equal(llava.get_decoder()(inputs_embeds=embedded).last_hidden_state, want)
+        broken = llava.get_decoder().layers[2].mlp.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            llava(**call)
+        broken.remove()
+        assert torch.equal(llava.get_decoder()(inputs_embeds=embedded).last_hidden_state, want)

@@ -18,7 +18,9 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="A folder, a hub id or 'reference' (the default).")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "vtc_cls",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; several stages joined by '|'.")
+    ] = "vtc_cls",
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "0.1",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -86,11 +88,14 @@ def _model(name: str | None, shape: str | None, dtype: str, device: str) -> Any:
 
 def _text(results: dict[str, Any]) -> str:
     first = results["configs"][0]["baseline"]
-    rows = [["unpatched", "-", str(first["tokens"]), *_cells(first), "-", "-"]]
+    rows = [["unpatched", "-", str(first["tokens"]), *_cells(first), "-", "-", "-"]]
     for row in results["configs"]:
+        ideal = row["ideal_ratio"]
         ratios = [f"{row['speedup']:.2f}", f"{row['floor_ratio']:.3f}"]
+        ratios.append("-" if ideal is None else f"{ideal:.3f}")
         rows.append([row["method"], str(row["keep"]), str(row["tokens"]), *_cells(row), *ratios])
     header = ["method", "keep", "tokens", "TTFT ms", "TPOT ms", "KV MiB", "speed-up", "floor ratio"]
+    header.append("ideal ratio")
     machine = results["machine"]
     where = (
         f"{machine['shape']} in {machine['dtype']} on {machine['device']} ({machine['cpu']}), "

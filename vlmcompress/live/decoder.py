@@ -60,6 +60,7 @@ def enter(
         prompt: columns of the conversation that are the prompt's, where a draft may follow it.
     """
     layers.begin(None)
+    state.local.layers = None
     past = layers_of(arguments.get("past_key_values"))
     if state.layers is None or (not stages and past is None):
         return
@@ -87,6 +88,7 @@ def enter(
         square_masks=state.family.sees_ahead,
         attach=_attach,
     )
+    state.local.layers = run
     layers.begin(run)
 
 
@@ -152,9 +154,9 @@ def check(model: Any, family: Family, built: Pipeline) -> None:
         )
 
 
-def leave(record: CallRecord) -> CallRecord:
+def leave(state: State, record: CallRecord) -> CallRecord:
     """The record of a call completed by what happened inside the language model."""
-    run = layers.current()
+    run, state.local.layers = state.local.layers, None
     if run is None or not run.lengths:
         return record
     text = run.decoder.config

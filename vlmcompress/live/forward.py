@@ -163,7 +163,7 @@ def _after_prefill(state: State, output: Any) -> None:
 def finish(state: State, call: calls.ShortCall, cache: Any, start: Any) -> None:
     """Complete the record of a call once the language model has seen its prompt."""
     call.watch.add("prefill", start, call.watch.mark())
-    record = decoder.leave(call.record)
+    record = decoder.leave(state, call.record)
     state.local.last = dataclasses.replace(record, kv_bytes=cache_bytes(cache))
 
 

@@ -167,7 +167,7 @@ def follow_stages(model: Any, state: State, built: Pipeline) -> None:
     """Put the hooks of stages inside tower and LLM on, where `built` first needs them."""
     _follow_tower(model, state, built)
     if built.decoder and state.layers is None:
-        state.layers = LayerHooks(decoder_of(model))
+        state.layers = LayerHooks(model, decoder_of(model))
         forget_compiled(model)
 
 

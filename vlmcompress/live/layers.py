@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmcompress.families.decoders import Decoder
+from vlmcompress.live.compiled import Untraced
 from vlmcompress.live.kernels import unwatch, watch
 from vlmcompress.live.layerrun import LayerRun
 from vlmcompress.live.tower import own_forward, put_forward, take_forward
@@ -29,11 +30,6 @@ _LEAN = ("q_proj", "v_proj", "o_proj")
 def begin(run: LayerRun | None) -> None:
     """Make `run` that of this thread's call; None for calls that nothing is done in."""
     _CURRENT.set(run)
-
-
-def current() -> LayerRun | None:
-    """The run of this thread's call."""
-    return _CURRENT.get()
 
 
 def onlooker(attention: nn.Module) -> Callable[..., Any] | None:
@@ -100,22 +96,33 @@ def _after_decoder(module: nn.Module, args: Any, output: Any) -> Any:
     run = _CURRENT.get()
     if run is None or run.decoder.module is not module:
         return None
+    # What is done to the layers from here on is none of this call's business.
+    begin(None)
     if isinstance(output, tuple):
         return (run.finish(output[0]), *output[1:])
     output.last_hidden_state = run.finish(output.last_hidden_state)
     return output
 
 
-class LayerHooks:
-    """The forwards and hooks on one language model."""
+def _after_model(module: nn.Module, args: Any, output: Any) -> None:
+    """Also after a forward that has failed: its run must not meet the next use of the layers."""
+    begin(None)
 
-    def __init__(self, decoder: Decoder) -> None:
+
+class LayerHooks:
+    """The forwards and hooks on one language model.
+
+    Attributes:
+        parts: layers and what in them is hooked, with the number of the layer.
+    """
+
+    def __init__(self, model: nn.Module, decoder: Decoder) -> None:
         self._decoder = decoder
-        #: layers and what in them is hooked, with the number of the layer
         self.parts: dict[nn.Module, int] = {}
         self._projections: dict[tuple[int, str], tuple[nn.Module, list[RemovableHandle]]] = {}
         self._handles: list[RemovableHandle] = [
-            decoder.module.register_forward_hook(_after_decoder)
+            decoder.module.register_forward_hook(_after_decoder),
+            model.register_forward_hook(Untraced(_after_model), always_call=True),
         ]
         for index, layer in enumerate(decoder.layers):
             attention, mlp = (layer.get_submodule(n) for n in (decoder.attention, decoder.mlp))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlmcompress.core.report import CallRecord
     from vlmcompress.live.barepass import TowerPass
     from vlmcompress.live.forward import Restore
+    from vlmcompress.live.layerrun import LayerRun
     from vlmcompress.live.layers import LayerHooks
 
 #: The one attribute a patched model has.
@@ -37,6 +38,7 @@ class ThreadState(threading.local):
         last: record of this thread's last compressed call.
         prefill: the short call that runs inside `generate`, and when its prefill began.
         generated: the short call that runs inside `generate`, until that ends.
+        layers: the run inside the language model of this thread's call.
         tower: the running call of a tower that has no language model.
     """
 
@@ -47,6 +49,7 @@ class ThreadState(threading.local):
         self.last: CallRecord | None = None
         self.prefill: Any = None
         self.generated: Any = None
+        self.layers: LayerRun | None = None
         self.tower: TowerPass | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
