@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval_harness import tables
-from eval_harness.plots import plot_comparison, plot_learning
+from eval_harness import pareto_tables, tables
+from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
 from vlmcompress.reference.card import card, markdown, report
@@ -133,6 +133,23 @@ def import_region(results: dict[str, Any]) -> str:
     )
 
 
+def pareto_region(results: dict[str, Any]) -> str:
+    """Methods in and after the tower: picture, tables, and where they come from."""
+    header, rows = pareto_tables.points(results, code=True)
+    towers = markdown(*pareto_tables.towers(results, code=True))
+    clock = "processor" if results["timing"]["clock"] == "cpu" else "wall"
+    return (
+        f"![Accuracy against time to first token](assets/pareto.png)\n\n"
+        f"{pareto_tables.goal(results)}\n\n{markdown(header, rows)}\n\n"
+        f"Time to the first token on `{results['timing']['shape']}` in "
+        f"{results['timing']['dtype']} with random weights, {clock} time, medians of "
+        f"{results['rounds']} interleaved rounds; accuracy (95 % interval) of the same pipelines "
+        f"on the reference model at the same share of tokens.\n\n{towers}\n\n"
+        f"The tower's time under a method inside it, over its time under none. "
+        f"{_source('assets/pareto.json', results['machine'], 'make pareto')}"
+    )
+
+
 def selection_region(results: dict[str, Any]) -> str:
     """What choosing tokens takes beside the tower, and where it comes from."""
     protocol, machine = results["protocol"], results["machine"]
@@ -239,6 +256,7 @@ def documents() -> dict[Path, str]:
     reference = (ROOT / "docs" / "reference-model.md").read_text(encoding="utf-8")
     benchmarking = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
     exactness = (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
+    benchmarking = _measured(benchmarking, "pareto", "pareto.json", pareto_region)
     exactness = _measured(exactness, "matrix", "matrix.json", matrix_region)
     benchmarking = _measured(benchmarking, "imports", "import_time.json", import_region)
     benchmarking = _measured(benchmarking, "selection", "selection.json", selection_region)
@@ -289,6 +307,8 @@ def main() -> None:
         for name in ("kept.png", "curve.png", "results.json"):
             shutil.copy(folder / name, ASSETS / name)
     plot_learning(training_log(), ASSETS / "learning.png")
+    if (ASSETS / "pareto.json").exists():
+        plot_pareto(json.loads((ASSETS / "pareto.json").read_text()), ASSETS / "pareto.png")
     compared = stored(METHODS)
     if compared is not None:
         plot_comparison(compared, ASSETS / "methods.png")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval_harness import pareto, pareto_rounds, plots
+from eval_harness import pareto, pareto_rounds, pareto_tables, plots
 from eval_harness.pareto import goal, parts_of, sweep
 from eval_harness.pareto_plan import PUBLISHED, TOWERS, Plan, published
 from eval_harness.pareto_rounds import NOTHING, Timing, tower_round
+from scripts import readme
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.methods import pipeline, registry
 from vlmcompress.methods.tower.base import TowerReducer
@@ -203,6 +204,27 @@ def test_unknown_methods_are_named_at_once():
 def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.safetensors"):
         sweep(PLAN, tmp_path, weights=tmp_path)
+
+
+def test_tables(results):
+    header, rows = pareto_tables.points(results)
+    assert [row[0] for row in rows].count("evit:0.4") == 2
+    assert all(len(row) == len(header) for row in rows)
+    ratios = {p["spec"]: f"{p['floor_ratio']:.3f}" for p in results["points"]}
+    assert {" | ".join(r for r in row[:2] if r != "-"): row[3] for row in rows} == ratios
+    header, rows = pareto_tables.towers(results)
+    assert {row[0]: row[1] for row in rows}["evit(rate=0.7)"] == "published"
+    assert len(rows) == len(published())
+    assert "no pipeline" in pareto_tables.goal(results)
+    met = {**results, "goal": goal([_point(ratio=0.6)])}
+    assert "1 pipelines meet it, the fastest is evit:0.35 0.6" in pareto_tables.goal(met)
+
+
+def test_page(results):
+    page = readme.pareto_region({**results, "machine": {**results["machine"], "device": "cpu"}})
+    assert "| `evit:0.4` | `vtc_cls` |" in page
+    assert "![Accuracy" in page
+    assert "commit" in page
 
 
 def test_plot(results, tmp_path):
