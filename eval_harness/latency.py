@@ -5,9 +5,9 @@ on the device to the first token's logits. TPOT is the time between the first an
 logits of one greedy `generate`, per token after the first. The floor is the tower alone
 (`get_image_features`, all layers) plus the prefill of the shortened sequence alone; the floor ratio
 says how far a method's TTFT is from it (skipping tower layers that nobody reads can give less than
-1). The ideal of a method inside the language model is each layer alone at its own length. Ratios are
-medians of ratios taken within one round. "Unpatched" is `handle.disabled()`: the
-model's own path, with idle hooks on it.
+1). The ideal of a method inside the language model is each layer alone at its own length. Ratios
+are medians of ratios taken within one round. "Unpatched" is `handle.disabled()`: the model's own
+path, with idle hooks on it.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def encode(
 
 
 def _held(model: Any, call: Mapping[str, Any]) -> int:
-    """Columns of the conversation's ids that are in the call's cache; its images fill the others."""
+    """Columns of the conversation's ids in the call's cache; its images fill the others."""
     cache = call.get("past_key_values")
     if cache is None or cache.get_seq_length() == 0:
         return 0
