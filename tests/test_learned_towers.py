@@ -420,7 +420,7 @@ def test_no_map_of_all_queries_and_keys_is_held(monkeypatch: pytest.MonkeyPatch)
     attention, parts = attention_of(side=14), predictors(196)
     n = 197
     want = Sparsifiner().attend(0, attention, 20, 1, parts)
-    monkeypatch.setattr(sparsity, "GATHERED", 1 << 15)
+    monkeypatch.setattr(sparsity, "HELD", 1 << 15)
     with Largest() as largest:
         got = Sparsifiner().attend(0, attention, 20, 1, parts)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

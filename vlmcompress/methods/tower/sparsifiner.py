@@ -21,7 +21,7 @@ from vlmcompress.methods.tower.base import TowerAttention, layers_within
 from vlmcompress.methods.tower.shape import TowerShape
 from vlmcompress.methods.tower.sparsity import (
     AttentionSparsifier,
-    gathered_attention,
+    connected_attention,
     query_blocks,
 )
 
@@ -38,10 +38,12 @@ class Sparsifiner(AttentionSparsifier):
 
     It takes no token off: all patches leave the tower, and `keep` is the share of its keys that a
     query looks at (or their count), [CLS] counted among them, rounded as everywhere in the library
-    and not up as in the released code. Attention and its memory are O(n k). The estimates are
-    O(n^2 r) in time, as in the paper where the basis is not sparse; they are made for some queries
-    at a time, so that no n x n map is ever held. Fewer products are not less time by themselves:
-    gathering keys costs more than a dense kernel where n is small.
+    and not up as in the released code. What the algorithm needs of attention is O(n k) products;
+    the estimates are O(n^2 r), as in the paper where the basis is not sparse. Both are made for
+    some queries at a time, so that no n x n map is ever held, and exact products with all keys, of
+    which those not chosen are hidden: gathering the chosen ones takes many times as long. So this
+    saves no time over the tower's own kernel and costs some; it tells what a model makes of fewer
+    connections, for kernels that skip them.
 
     The predictor needs training: `handle.parts` are what to train, by `reconstruction_loss`, and
     `weights` loads them. Choosing keys has no gradient. Untrained, W_down are means over cells of
@@ -118,16 +120,13 @@ class Sparsifiner(AttentionSparsifier):
         predictor = parts.of(layer, n)
         out = []
         if cls_rows:
-            # Not one of its keys is left out.
-            everything = torch.arange(n, device=attention.k.device)
-            every = everything.expand(*attention.q.shape[:2], cls_rows, -1)
-            out.append(gathered_attention(attention, every, slice(0, cls_rows)))
+            out.append(connected_attention(attention, None, slice(0, cls_rows)))
         down = predictor.down_keys(attention.k.detach())
-        for rows in query_blocks(attention, k, cls_rows):
+        for rows in query_blocks(attention, cls_rows):
             with torch.no_grad():
                 estimates = predictor.estimates(attention.q[:, :, rows], down)
                 keys = descending(estimates)[..., :k]
-            out.append(gathered_attention(attention, keys, rows))
+            out.append(connected_attention(attention, keys, rows))
         return torch.cat(out, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from vlmcompress.core import keep as keeping
@@ -11,8 +12,8 @@ from vlmcompress.core.errors import ConfigError
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.tower.base import TowerAttention, TowerReducer, TowerState
 
-#: Numbers held at once while keys or values of queries are gathered.
-GATHERED = 1 << 24
+#: Products of queries and keys that are held at once.
+HELD = 1 << 22
 
 
 class AttentionSparsifier(TowerReducer):
@@ -79,33 +80,27 @@ class AttentionSparsifier(TowerReducer):
         """
 
 
-def gathered_attention(attention: TowerAttention, keys: Tensor, rows: slice) -> Tensor:
+def connected_attention(attention: TowerAttention, keys: Tensor | None, rows: slice) -> Tensor:
     """Softmax attention of some queries over keys of their own: [b, heads, queries, head_dim].
 
-    Time and memory are O(queries * k). The softmax is in float32.
+    All products of these queries are made and those of other keys hidden: gathering keys for each
+    query saves products and takes many times as long. The softmax is in float32.
 
     Args:
         attention: queries, keys and values of all rows.
-        keys: [b, heads, queries, k] rows that each query looks at, none twice.
+        keys: [b, heads, queries, k] rows that each query looks at; None for all.
         rows: which queries.
     """
     assert attention.v is not None  # a sparsifier is handed values always
-    q = attention.q[:, :, rows]
-    near = _rows(attention.k, keys)
-    logits = (near @ q[..., None])[..., 0].float() * attention.scale
-    weights = logits.softmax(-1).to(q.dtype)
-    return (weights[..., None, :] @ _rows(attention.v, keys))[..., 0, :]
+    logits = (attention.q[:, :, rows] @ attention.k.transpose(-1, -2)).float() * attention.scale
+    if keys is not None:
+        hidden = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, keys, False)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(-1).to(attention.v.dtype) @ attention.v
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """[b, heads, queries, k, d] rows of [b, heads, n, d]."""
-    b, heads, m, k = index.shape
-    flat = index.reshape(b, heads, m * k, 1).expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, flat).reshape(b, heads, m, k, x.shape[-1])
-
-
-def query_blocks(attention: TowerAttention, k: int, first: int) -> list[slice]:
-    """All queries from `first` on, as many at once as bound what is gathered for them."""
-    b, heads, n, width = attention.q.shape
-    size = max(1, GATHERED // (b * heads * max(n, k * width)))
+def query_blocks(attention: TowerAttention, first: int) -> list[slice]:
+    """All queries from `first` on, as many at once as bound what is held for them."""
+    b, heads, n, _ = attention.q.shape
+    size = max(1, HELD // (b * heads * n))
     return [slice(i, min(n, i + size)) for i in range(first, n, size)]
