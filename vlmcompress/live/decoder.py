@@ -76,7 +76,8 @@ def enter(
     if prompt is not None:
         prompt -= _held(arguments.get("past_key_values"))
     rows = _rows(model, arguments, new, mask, record if stages else None, prompt)
-    state.layers.refresh()
+    if stages:
+        state.layers.refresh()
     run = LayerRun(
         decoder,
         state.layers.parts,
