@@ -183,7 +183,11 @@ def measure(
     samples = interleave(sides, repeats, warmup)
     base = [sample["seconds"] for sample in samples[""]]
     return {
-        "machine": {**machine.describe(tower), "shape": shape},
+        "machine": {
+            **machine.describe(tower),
+            "attention": {"tower": tower.config._attn_implementation},
+            "shape": shape,
+        },
         "protocol": {
             "repeats": repeats,
             "warmup": warmup,
