@@ -215,8 +215,7 @@ class _Subject:
 
     def tower_under(self, spec: str) -> dict[str, Any]:
         """Seconds of the tower under a method, and patches after each of its layers."""
-        # With a second stage that does nothing, so that no budget is taken over from the last one.
-        self.handle.set(method=spec if spec == NOTHING else f"{spec} | {NOTHING}")
+        self.handle.set(method=spec)
         stages, _, encoding = timed_call(
             lambda: self.handle.encode(**self.inputs), self.parts, self.clock
         )

@@ -202,6 +202,34 @@ def test_keep_is_for_the_stage_after_the_tower():
         assert handle.last.tower_patches == (25, 25, 19, 15, 12)
 
 
+@torch.no_grad()
+def test_a_budget_of_its_own_takes_over_no_keep():
+    model = tiny.build("llava")
+    with patch(model, "uniform", keep=4) as handle:
+        handle.set(method="evit(rate=0.7)")
+        model(**tiny.inputs(model, oracle.ONE))
+        assert handle.config.to_spec() == "evit(rate=0.7)"
+        assert handle.last.tokens_after == (12,)
+
+
+@torch.no_grad()
+def test_a_later_selection_reads_scores_of_the_shortened_tower():
+    """Evidence costs no rows: it is read in blocks that are short already."""
+    model = tiny.build("llava")
+    call = tiny.inputs(model, oracle.ONE)
+    rows: dict[int, int] = {}
+    for i, block in enumerate(blocks(model)):
+        block.self_attn.k_proj.register_forward_hook(
+            lambda m, args, out, i=i: rows.update({i: out.shape[1]})
+        )
+    with patch(model, "evit(layers=(1,)):0.4 | vtc_cls", keep=3) as handle:
+        model(**call)
+        layers = handle.last.layers
+        assert handle.last.tokens_after == (3,)
+    assert layers == (2, 3, 4)
+    assert [rows[i] for i in (0, 1, *layers)] == [26, 26, 11, 11, 11]
+
+
 @pytest.mark.parametrize("name", [SPECS.get(n, n) for n, _ in TOWER_METHODS])
 @pytest.mark.parametrize("layer", [0, 2, 4, 5])
 @torch.no_grad()

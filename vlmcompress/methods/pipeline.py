@@ -83,11 +83,13 @@ class LayerStage:
         keep: share or count of visual tokens that leave its last site; None for a budget of its
             own.
         template: the method as configured, before the configuration's seed was filled in.
+        parts: what the method has learnt for this model; None where it learns nothing.
     """
 
     method: LayerReducer
     keep: float | int | None
     template: LayerReducer
+    parts: Learned | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ class Pipeline:
         tower = () if self.tower is None else (self.tower.template,)
         connector = (stage.template for stage in self.stages)
         return (*tower, *connector, *(stage.template for stage in self.decoder))
+
+    @property
+    def learning(self) -> tuple[tuple[str, Learned], ...]:
+        """Name and parts of every stage that has learnt something, in the order of the path."""
+        stages = ((self.tower,) if self.tower is not None else ()) + self.decoder
+        return tuple((s.method.name, s.parts) for s in stages if s.parts is not None)
 
     def switched_off(self) -> Pipeline:
         """The same configuration with no stage."""
@@ -167,7 +175,7 @@ def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any)
         pairs: list[Pair] = list(zip(now.config.stages, now.templates, strict=True))
     else:
         pairs = _parse(method, "")
-        open_stages = [stage for stage, _ in pairs if stage.keep is None]
+        open_stages = [s for s, own in pairs if s.keep is None and not _own_budget(own)]
         if keep is None and len(open_stages) == len(now.config.stages) == 1:
             keep = now.config.stages[0].keep
     source = method if isinstance(method, CompressionConfig) else now.config
