@@ -12,6 +12,7 @@ import typer
 
 from vlmcompress.cli import (
     bench,
+    calibrate,
     demo,
     doctor,
     evaluation,
@@ -19,6 +20,7 @@ from vlmcompress.cli import (
     methods,
     pareto,
     reference,
+    retrieval,
     selection,
 )
 from vlmcompress.cli.output import Group
@@ -37,6 +39,8 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
+evaluation.app.command()(retrieval.retrieval)
+app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(reference.app, name="reference")
 

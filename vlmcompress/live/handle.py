@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlmcompress.core.errors import UnsupportedInputError, VLMCompressError
+from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompressError
 from vlmcompress.core.report import CallRecord, Report
-from vlmcompress.live import calls, positions
+from vlmcompress.families.bare import BareFamily
+from vlmcompress.live import calls, decoder, positions
 from vlmcompress.live.encode import CompressedEncoding, has_pixels
 from vlmcompress.live.inside import with_parts
-from vlmcompress.live.install import check_evidence, follow_tower, outer_model, uninstall
+from vlmcompress.live.install import check_evidence, follow_stages, outer_model, uninstall
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods import pipeline
@@ -91,20 +92,41 @@ class Handle:
 
     @property
     def parts(self) -> Learned | None:
-        """What the method inside the tower learns: a module to train, save and load.
+        """What a method inside tower or language model learns: a module to train, save and load.
 
         It is no part of the model. None where nothing is learnt. `set` keeps it as long as what it
         is made for stays the same; other budgets may need others.
-        """
-        tower = self._state.settings.pipeline.tower
-        return None if tower is None else tower.parts
 
-    def overlay(self, image: Image, unit: int = 0) -> Image:
+        Raises:
+            ConfigError: where several methods learn; `parts_of` names one.
+        """
+        learning = self._state.settings.pipeline.learning
+        if len(learning) > 1:
+            names = ", ".join(repr(name) for name, _ in learning)
+            raise ConfigError(f"{names} learn; use handle.parts_of({learning[0][0]!r}) for one.")
+        return learning[0][1] if learning else None
+
+    def parts_of(self, method: str) -> Learned:
+        """What the first stage of that method learns.
+
+        Raises:
+            ConfigError: when there is none, or it learns nothing.
+        """
+        learning = self._state.settings.pipeline.learning
+        found = [parts for name, parts in learning if name == method]
+        if not found:
+            names = ", ".join(repr(name) for name, _ in learning) or "none"
+            raise ConfigError(f"No stage of method {method!r} learns; those that do: {names}.")
+        return found[0]
+
+    def overlay(self, image: Image, unit: int = 0, *, layer: int | None = None) -> Image:
         """The picture with everything dimmed that the language model did not see.
 
         Args:
             image: the picture the processor was given.
             unit: which image of the last call it was.
+            layer: dims what did not get to this layer of the language model; what did not enter it
+                at all when not given.
         """
         from vlmcompress.overlay import draw_overlay
 
@@ -113,6 +135,8 @@ class Handle:
             raise UnsupportedInputError(
                 f"The last call had {len(last.kept)} image(s); there is no image {unit}."
             )
+        if layer is not None and last.layer_entrants:
+            last = last.at_layer(layer)
         return draw_overlay(image, last, unit, self._state.processor)
 
     def set(
@@ -140,8 +164,9 @@ class Handle:
             state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
         )
         check_evidence(state.family, self._model.base_model, new, state.clip)
+        decoder.check(self._model, state.family, new)
         new = with_parts(state.family, self._model.base_model, new, state.settings.pipeline)
-        follow_tower(self._model, state, new)
+        follow_stages(self._model, state, new)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self
 
@@ -199,8 +224,13 @@ def handle_of(model: PreTrainedModel | Any) -> Handle:
         VLMCompressError: when the model is not patched.
     """
     model = outer_model(model)
-    if state_of(model) is None:
+    state = state_of(model)
+    if state is None:
         raise VLMCompressError(
             f"This {type(model).__name__} is not patched; call patch(model, keep=...)."
         )
+    if isinstance(state.family, BareFamily):
+        from vlmcompress.live.bare import BareHandle
+
+        return BareHandle(model)
     return Handle(model)

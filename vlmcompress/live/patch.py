@@ -9,6 +9,9 @@ from torch import nn
 
 from vlmcompress.core.errors import AlreadyPatchedError
 from vlmcompress.families import Family, family_of
+from vlmcompress.families.bare import bare_family_of
+from vlmcompress.live import decoder
+from vlmcompress.live.bare import patch_bare, refuse_language
 from vlmcompress.live.clip import source_of
 from vlmcompress.live.handle import Handle
 from vlmcompress.live.inside import with_parts
@@ -35,11 +38,15 @@ def patch(
     """Compress the visual tokens of `model`, which is called as before.
 
     Args:
-        model: a HuggingFace vision-language model, or a PEFT model around one.
+        model: a HuggingFace vision-language model, or a PEFT model around one; or a vision
+            transformer without a language model (CLIP, SigLIP, DINOv2, ViT; open_clip; timm), in
+            which methods of stage `tower` can act.
         method: a name (`"vtc_cls"`), a configured method, a `CompressionConfig`, a spec string
             (`"vtc_cls:0.25"`) or a list of these. None chooses `vtc_cls` for towers with [CLS],
             `received_attention` for towers without, and `divprune` where attention cannot be read;
-            the choice stands in the report. A method named explicitly never falls back.
+            the choice stands in the report. A method named explicitly never falls back. Without
+            a language model None is `tome_tower`, and `"tome"` and `"pitome"` mean `"tome_tower"`
+            and `"pitome_tower"`.
         keep: what is *kept*: a float in (0, 1] is a fraction of each image's tokens, an int a count
             per image, `"auto"` is decided per image. None only when the method carries its own
             budget.
@@ -74,6 +81,10 @@ def patch(
             f"This {type(model).__name__} is patched already; call handle.remove() on the first "
             "handle (or vlmcompress.handle_of(model).remove()), or change it with handle.set(...)."
         )
+    bare = bare_family_of(model)
+    if bare is not None:
+        refuse_language(model, positions=positions, clip=clip, question=question)
+        return patch_bare(model, bare, method, keep, processor=processor, seed=seed)
     family = family_of(model)
     check_seam(model)
     built = pipeline.build(
@@ -85,6 +96,7 @@ def patch(
     )
     source = source_of(clip, processor, family.tower_module(model.base_model))
     check_evidence(family, model.base_model, built, source)
+    decoder.check(model, family, built)
     built = with_parts(family, model.base_model, built)
     settings = Settings(built, method is None)
     state = State(family, settings, processor, restore_length, clip=source, question=question)

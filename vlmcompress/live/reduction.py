@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlmcompress.families.towers import Tower
+from vlmcompress.families.towers import INPUT, Tower
 from vlmcompress.live.session import current
 from vlmcompress.live.sparserun import SparseRun
 from vlmcompress.live.tower import own_forward, put_forward, take_forward
@@ -27,9 +27,8 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run.passed_over("attention", given)
     if isinstance(run, SparseRun) and run.sparsifies:
         return run.attention(self, given, kwargs)
-    mask = run.mask(given.dtype)
-    if mask is not None:
-        kwargs = {**kwargs, "attention_mask": mask}
+    if run.reduced:
+        args, kwargs = run.weighed(args, kwargs, given.dtype)
     return run.output(own_forward(self, *args, **kwargs))
 
 
@@ -71,6 +70,8 @@ class ReductionHooks:
             self._handles.append(norm.register_forward_pre_hook(_before_second_norm))
             put_forward(attention, _attention_forward)
             put_forward(layer.get_submodule(tower.mlp), _mlp_forward)
+            if tower.values in (INPUT, *tower.projections):
+                continue  # it is read with queries and keys
             hook = partial(_on_values, index, tower.values)
             values = attention.get_submodule(tower.values)
             self._handles.append(values.register_forward_hook(hook))

@@ -67,6 +67,11 @@ def make_skippable(layers: nn.ModuleList) -> None:
         put_forward(layer, _skippable_forward)
 
 
+def is_skippable(layer: nn.Module) -> bool:
+    """Whether a block has that forward."""
+    return _INDEX in layer.__dict__
+
+
 def undo_skippable(layers: nn.ModuleList) -> None:
     """Inverse of `make_skippable`.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vlmcompress.core.tokens import follow
 from vlmcompress.families.towers import QueriesKeys, Tower
 from vlmcompress.methods.ops.merging import group_mean, group_sum
 from vlmcompress.methods.pipeline import TowerStage
@@ -24,15 +25,28 @@ from vlmcompress.methods.tower.base import TowerAttention, TowerState
 class TowerRun:
     """The state of one pass.
 
+    Registers are rows that a method never sees: they are set aside before it runs and come back
+    after it, while its view of the attention counts them among the keys.
+
+    Args:
+        stage: the method and its budget.
+        tower: facts about the tower.
+        depth: its layers.
+        last: the last one whose output is read.
+        in_order: whether rows leave that one in the order of their places.
+
     Attributes:
         half: which half of a block runs, or that its queries and keys are computed ahead of it;
             None where it runs whole.
     """
 
-    def __init__(self, stage: TowerStage, tower: Tower, depth: int, last: int) -> None:
+    def __init__(
+        self, stage: TowerStage, tower: Tower, depth: int, last: int, *, in_order: bool = False
+    ) -> None:
         self._method, self._keep, self._tower = stage.method, stage.keep, tower
         self._parts = stage.parts
         self._cls_rows, self._depth, self._last = int(tower.has_cls), depth, last
+        self._in_order = in_order
         self._plan: tuple[int, ...] = ()
         self._state: TowerState | None = None
         self._layer = -1
@@ -88,19 +102,32 @@ class TowerRun:
     def _acts(self, layer: int) -> bool:
         return layer < len(self._plan) and self._plan[layer] < self.state.patches
 
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """Rows in the attention and in the MLP of each layer up to the last that is read."""
+        others = self._cls_rows + self._tower.registers
+        left = [self.n_full, *(self._plan or [self.n_full] * (self._last + 1))]
+        attention = left[1:] if self._method.place == "before" else left[:-1]
+        mlp = left[:-1] if self._method.place == "after" else left[1:]
+        return tuple((a + others, m + others) for a, m in zip(attention, mlp, strict=True))
+
+    def mass(self) -> Tensor:
+        """[b, n] patches that each row stands for; 1 for those that are none, registers too."""
+        mass = self.state.mass
+        return self._with_registers(mass, mass.new_ones(len(mass), self._tower.registers))
+
     def bias(self) -> Tensor | None:
         """[b, n] log of the mass, where keys are weighed by it and there is any to tell."""
         if not self._method.weighs_keys or not self.reduced:
             return None
-        return self.state.mass.log()
+        return self.mass().log()
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """The same as an attention mask, [b, 1, n, n] without memory of its own."""
+    def weighed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an attention call with that bias."""
         bias = self.bias()
-        if bias is None:
-            return None
-        n = bias.shape[1]
-        return bias.to(dtype)[:, None, None].expand(-1, 1, n, n)
+        return self._tower.weighed(args, kwargs, None if bias is None else bias.to(dtype))
 
     def block(
         self, layer: int, module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
@@ -111,8 +138,17 @@ class TowerRun:
             layer: index of the block.
             module: the block.
             forward: its own.
-            hidden: [b, n, d].
+            hidden: [b, n, d], or as the tower has it.
         """
+        rows = self._tower.rows
+        output = self._block(layer, module, lambda x: rows(forward(rows(x))), rows(hidden))
+        if self._in_order and layer == self._last and self.reduced:
+            output = self._sorted(output)
+        return rows(output)
+
+    def _block(
+        self, layer: int, module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
         if self._state is None:
             self._begin(hidden)
         self._layer = layer
@@ -138,9 +174,10 @@ class TowerRun:
         """A block's output, its patches made again where the plan rises."""
         if layer >= len(self._plan) or self._plan[layer] <= self.state.patches:
             return hidden
-        whole = dataclasses.replace(self.state, hidden=hidden).restored()
+        whole = dataclasses.replace(self.state, hidden=self._shown(hidden, 1)).restored()
         self._state = _without_rows(whole)
-        return whole.hidden
+        c, r = self._cls_rows, self._tower.registers
+        return self._with_registers(whole.hidden, hidden[:, c : c + r])
 
     @torch.no_grad()
     def _look_ahead(self, module: nn.Module, hidden: Tensor) -> None:
@@ -148,15 +185,42 @@ class TowerRun:
         self.half = "ahead"
         tower = self._tower
         attention = module.get_submodule(tower.attention)
-        normed = module.get_submodule(tower.first_norm)(hidden)
-        outputs = {name: attention.get_submodule(name)(normed) for name in tower.projections}
-        qk = tower.queries_keys(attention, outputs, {})
+        normed = module.get_submodule(tower.first_norm)(tower.rows(hidden))
+        qk = tower.queries_keys(attention, tower.projected(attention, normed), {})
         self.half = None
-        view = TowerAttention(qk.q, qk.k, qk.scale, bias=self.bias())
-        self._state = dataclasses.replace(self.state, attention=view)
+        self._view(qk, None)
+
+    def _view(self, qk: QueriesKeys, values: Tensor | None) -> None:
+        """Show the method a block's attention, registers as keys only."""
+        c, r = self._cls_rows, self._tower.registers
+        bias = self.bias()
+        attention = TowerAttention(
+            self._shown(qk.q, 2),
+            self._shown(qk.k, 2),
+            qk.scale,
+            None if values is None else self._shown(values, 2),
+            None if bias is None else self._shown(bias, 1),
+            qk.k[:, :, c : c + r] if r else None,
+        )
+        self._state = dataclasses.replace(self.state, attention=attention)
+
+    def _shown(self, x: Tensor, dim: int) -> Tensor:
+        """Rows without registers."""
+        c, r = self._cls_rows, self._tower.registers
+        if r == 0:
+            return x
+        first, _, patches = x.split([c, r, x.shape[dim] - c - r], dim)
+        return torch.cat([first, patches], dim)
+
+    def _with_registers(self, shown: Tensor, registers: Tensor) -> Tensor:
+        """Rows ([b, n, ...]) with registers ([b, r, ...]) in their place."""
+        if self._tower.registers == 0:
+            return shown
+        c = self._cls_rows
+        return torch.cat([shown[:, :c], registers, shown[:, c:]], 1)
 
     def _begin(self, hidden: Tensor) -> None:
-        self._state = TowerState.whole(hidden, self._cls_rows, self._depth)
+        self._state = TowerState.whole(self._shown(hidden, 1), self._cls_rows, self._depth)
         if self._parts is not None:
             self._parts.follow(hidden.device)
         n = self.state.patches
@@ -165,19 +229,38 @@ class TowerRun:
         self._plan = self._method.schedule(n, self._keep, self._depth, self._last)
 
     def _reduce(self, hidden: Tensor, k: int) -> Tensor:
-        state = dataclasses.replace(self.state, hidden=hidden, parts=self._parts)
+        state = dataclasses.replace(
+            self.state, hidden=self._shown(hidden, 1), parts=self._parts
+        )
         short = self._method.reduce(self._layer, state, k)
         self._state = _without_rows(short)
-        return short.hidden
+        c, r = self._cls_rows, self._tower.registers
+        return self._with_registers(short.hidden, hidden[:, c : c + r])
+
+    def _sorted(self, hidden: Tensor) -> Tensor:
+        """Rows that leave the tower ([b, n, d]) in the order of their places, and the state too."""
+        c, r, state = self._cls_rows, self._tower.registers, self.state
+        first = torch.arange(c, device=hidden.device).expand(len(hidden), -1)
+        rows = torch.cat([first, self.order() + c], 1)
+        self._state = dataclasses.replace(
+            state,
+            mass=state.mass.gather(1, rows),
+            source=state.source.gather(1, rows),
+            assignment=follow(state.assignment, rows.argsort(1)),
+        )
+        shown = torch.take_along_dim(self._shown(hidden, 1), rows[..., None], 1)
+        return self._with_registers(shown, hidden[:, c : c + r])
 
     def hold(self, hidden: Tensor) -> Tensor:
         """Take the rows off at the second norm; one goes on, so that shapes fit."""
-        self._held = hidden
-        return hidden[:, :1]
+        rows = self._tower.rows(hidden)
+        self._held = rows
+        return self._tower.rows(rows[:, :1])
 
     def passed_over(self, name: str, given: Tensor) -> Any:
         """What an attention or MLP that is passed over gives: nothing to add."""
-        nothing = torch.zeros_like(given[:, :1])
+        rows = self._tower.rows
+        nothing = torch.zeros_like(rows(rows(given)[:, :1]))
         return nothing if name == "mlp" or self._plain_output else (nothing, None)
 
     def output(self, output: Any) -> Any:
@@ -187,12 +270,10 @@ class TowerRun:
 
     def saw(self, layer: int, qk: QueriesKeys, values: Tensor | None) -> QueriesKeys:
         """A block's queries and keys, for the method and for later evidence."""
-        bias = self.bias()
         if self.reads(layer):
-            attention = TowerAttention(qk.q, qk.k, qk.scale, values, bias)
-            self._state = dataclasses.replace(self.state, attention=attention)
+            self._view(qk, values)
         self._seen[layer] = _without_rows(self.state)
-        return dataclasses.replace(qk, bias=bias)
+        return dataclasses.replace(qk, bias=self.bias())
 
     def order(self) -> Tensor:
         """[b, k] final patch rows in the order of their places in the image."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlmcompress.core.config import CompressionConfig, StageConfig
 from vlmcompress.methods import registry
+from vlmcompress.methods.tower.base import TowerReducer
 
 
 def inside_tower(method: Any) -> Any:
@@ -32,14 +33,17 @@ def inside_tower(method: Any) -> Any:
 
 
 def names_inside(*, cls: bool) -> list[str]:
-    """Methods that act inside a tower.
+    """Methods that can act in a tower without a language model.
 
     Args:
         cls: whether it has a [CLS] token.
     """
     found = {name: registry.get(name) for name in registry.names()}
-    inside = {name: kind for name, kind in found.items() if kind.stage == "tower"}
-    return [name for name, kind in inside.items() if cls or not getattr(kind, "needs_cls", False)]
+    return [
+        name
+        for name, kind in found.items()
+        if issubclass(kind, TowerReducer) and kind.training_free and (cls or not kind.needs_cls)
+    ]
 
 
 def _inside(stage: StageConfig) -> StageConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError, EvidenceError
+from vlmcompress.core.tokens import follow, joined_mass, moved_to
 from vlmcompress.methods.base import Layer, Method, Stage
 from vlmcompress.methods.learned import Learned, Parts
 from vlmcompress.methods.options import resolve_layer
@@ -35,6 +36,8 @@ class TowerAttention:
         v: [b, heads, n, head_dim] values; None unless the method reads them.
         scale: factor on the logits.
         bias: [b, n] added to the logits of every key; None for none.
+        registers: [b, heads, r, head_dim] keys of rows that are attended to, and that a method
+            does not see; None for none.
     """
 
     q: Tensor
@@ -42,6 +45,7 @@ class TowerAttention:
     scale: float
     v: Tensor | None = None
     bias: Tensor | None = None
+    registers: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -53,7 +57,10 @@ class TowerAttention:
         logits = self.q[:, :, rows].float() @ self.k.float().transpose(-1, -2) * self.scale
         if self.bias is not None:
             logits = logits + self.bias.float()[:, None, None]
-        return logits.softmax(-1)
+        if self.registers is None:
+            return logits.softmax(-1)
+        more = self.q[:, :, rows].float() @ self.registers.float().transpose(-1, -2) * self.scale
+        return torch.cat([logits, more], -1).softmax(-1)[..., : logits.shape[-1]]
 
     def received(self) -> Tensor:
         """Attention each row receives, averaged over heads and queries: [b, n] float32.
@@ -131,8 +138,7 @@ class TowerState:
 
     def select(self, rows: Tensor) -> TowerState:
         """Keep `rows` ([b, m], [CLS] among them) and drop the others."""
-        number = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        moved = rows.new_full(self.mass.shape, -1).scatter_(1, rows, number)
+        moved = moved_to(rows, self.mass.shape[1])
         return self.regroup(torch.take_along_dim(self.hidden, rows[..., None], 1), rows, moved)
 
     def regroup(self, hidden: Tensor, rows: Tensor, moved: Tensor) -> TowerState:
@@ -143,16 +149,12 @@ class TowerState:
             rows: [b, m] current row that represents each new one.
             moved: [b, n] new row that each current one became part of, -1 where dropped.
         """
-        mass = self.mass.new_zeros(rows.shape)
-        mass = mass.scatter_add_(1, moved.clamp(min=0), self.mass * (moved >= 0))
-        beyond = torch.cat([moved, moved.new_full((len(moved), 1), -1)], dim=1)
-        old = torch.where(self.assignment < 0, self.mass.shape[1], self.assignment)
         return dataclasses.replace(
             self,
             hidden=hidden.to(self.hidden.dtype),
-            mass=mass,
+            mass=joined_mass(self.mass, moved, rows.shape[1]),
             source=self.source.gather(1, rows),
-            assignment=beyond.gather(1, old),
+            assignment=follow(self.assignment, moved),
             recipe=None,
         )
 
@@ -235,6 +237,10 @@ class TowerReducer(Method):
             ConfigError: when so many cannot go.
         """
 
+    @abstractmethod
+    def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:
+        """The state with `k` patches, [CLS] first."""
+
     @property
     def learns(self) -> bool:
         """Whether it has parts that are trained."""
@@ -247,10 +253,6 @@ class TowerReducer(Method):
             CheckpointError, ConfigError: for a file that cannot be used.
         """
         return None
-
-    @abstractmethod
-    def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:
-        """The state with `k` patches, [CLS] first."""
 
     def final(self, n: int, keep: float | int | None) -> int:
         """Patches left at the end by `keep`.
