@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core.errors import ConfigError
+from vlmcompress.core.tokens import moved_to
 from vlmcompress.methods.ops import schedules
 from vlmcompress.methods.ops.topk import descending
 from vlmcompress.methods.options import Layer, check_layers, check_number
@@ -64,10 +65,8 @@ class EViT(TowerReducer):
             k = self.final(n, keep)
             left = [max(k, m) for m in schedules.geometric(n, k, len(layers))]
         else:
-            left, now = [], n
-            for _ in layers:
-                now = self._published(now, self.rate)
-                left.append(now)
+            rate = self.rate
+            left = schedules.repeated(n, len(layers), lambda now: self._published(now, rate))
         return schedules.at_layers(n, layers, left, last + 1)
 
     def _published(self, n: int, rate: float) -> int:
@@ -89,8 +88,7 @@ class EViT(TowerReducer):
         fused = (weights[..., None] * dropped.float()).sum(1, keepdim=True)
         hidden = torch.take_along_dim(state.hidden, rows[..., None], 1)
         hidden = torch.cat([hidden, fused.to(hidden.dtype)], 1)
-        number = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        moved = rows.new_full(state.mass.shape, rows.shape[1]).scatter_(1, rows, number)
+        moved = moved_to(rows, state.mass.shape[1], others=rows.shape[1])
         most = rest[:, :1] + state.cls_rows
         return state.regroup(hidden, torch.cat([rows, most], 1), moved)
 

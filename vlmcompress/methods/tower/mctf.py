@@ -87,10 +87,8 @@ class MCTF(TowerReducer):
             plan = schedules.linear(n, self.final(n, keep), len(layers))
             left = schedules.halving(self.name, n, plan)
         else:
-            left, now = [], n
-            for _ in layers:
-                now -= min(self.r, now // 2)
-                left.append(now)
+            r = self.r
+            left = schedules.repeated(n, len(layers), lambda now: now - min(r, now // 2))
         return schedules.at_layers(n, layers, left, last + 1)
 
     def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:

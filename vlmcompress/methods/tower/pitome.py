@@ -84,10 +84,10 @@ class PiToMeTower(TowerReducer):
             plan = schedules.geometric(n, self.final(n, keep), len(layers))
             left = schedules.halving(self.name, n, plan)
         else:
-            left, now = [], n
-            for _ in layers:
-                now -= min(int(now - now * self.ratio), now // 2)
-                left.append(now)
+            ratio = self.ratio
+            left = schedules.repeated(
+                n, len(layers), lambda now: now - min(int(now - now * ratio), now // 2)
+            )
         return schedules.at_layers(n, layers, left, last + 1)
 
     def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:

@@ -32,8 +32,8 @@ class ZeroTPrune(TowerReducer):
 
     The paper finds layers, and how many tokens go by either rule in each, by a search per model;
     here the layers are at quarters of the tower, the same share stays in each, and `similar` of
-    what goes, at most a half of the patches, goes by likeness. Written from the paper; there is no
-    released code to compare with.
+    what goes, at most a half of the patches, goes by likeness. Written from descriptions of
+    the paper, which itself was not at hand; there is no released code to compare with.
 
     Attributes:
         layers: blocks that prune.
