@@ -29,10 +29,10 @@ TOWERS = (
 CONNECTORS = ("vtc_cls", "divprune")
 
 PUBLISHED: Mapping[str, str] = {
-    "evit": "evit(rate=0.7)",  # §4.1: 4th, 7th and 10th of twelve blocks
-    "tome_tower": "tome_tower(r=23)",  # released evaluations: ViT-L/16 of 576 patches
-    "pitome_tower": "pitome_tower(ratio=0.95)",  # §4: between 0.9 and 0.975
-    "mctf": "mctf(r=16)",  # released training scripts
+    "evit": "evit(rate=0.7)",  # the keep rate its README evaluates
+    "tome_tower": "tome_tower(r=23)",  # its README: ViT-L/16 of 576 patches
+    "pitome_tower": "pitome_tower(ratio=0.95)",  # its README, for ViTs and for CLIP
+    "mctf": "mctf(r=16)",  # its README, for 196 patches
 }
 """Settings inside the tower that papers evaluate; methods without any are timed at `_SHARE`."""
 
