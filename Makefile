@@ -15,7 +15,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme
+.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results
 
 setup: $(STAMP)
 
@@ -70,7 +70,12 @@ pareto: $(STAMP)  ## accuracy against time over methods in the tower and after i
 	$(SINGLE) $(BIN)/vlmcompress pareto --clock cpu --out $(RESULTS)/pareto.json $(PARETO_ARGS)
 	$(BIN)/python scripts/readme.py
 
-results: reference-results methods-results pareto  ## the results files that the documentation quotes
+retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retrieval and FLOPs
+	mkdir -p $(RESULTS)
+	$(BIN)/vlmcompress eval retrieval --out $(RESULTS)/retrieval.json
+	$(BIN)/python scripts/readme.py
+
+results: reference-results methods-results retrieval-results pareto  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
 
 readme: demo  ## pictures and tables of README.md and docs/ from results

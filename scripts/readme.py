@@ -15,6 +15,7 @@ from typing import Any
 
 from eval_harness import pareto_tables, tables
 from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
+from eval_harness.retrieval import rows as retrieval_rows
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
 from vlmcompress.reference.card import card, markdown, report
@@ -198,6 +199,20 @@ def matrix_region(results: dict[str, Any]) -> str:
     )
 
 
+def retrieval_region(results: dict[str, Any]) -> str:
+    """Attribute retrieval by method inside the tower and budget, and where it comes from."""
+    header, lines = retrieval_rows(results)
+    lines = [lines[0], *([f"`{line[0]}`", *line[1:]] for line in lines[1:])]
+    return (
+        f"{markdown(header, lines)}\n\n"
+        f"{results['questions']} attributes of {results['images']} scenes; accuracy and difference "
+        f"to the full tower in % (95 % interval, bootstrap over scenes), unweighted mean over the "
+        f"three kinds; by chance {100 * results['chance']:.1f}. FLOPs of the tower's blocks as a "
+        "share of the full tower's. "
+        f"{_source('assets/retrieval.json', results['machine'], 'make retrieval-results')}"
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -281,6 +296,10 @@ def documents() -> dict[Path, str]:
             exactness, "exemptions", "matrix.json", exemptions_region
         ),
         ROOT / "docs" / "benchmarking.md": benchmarking,
+        ROOT / "docs" / "bare-towers.md": _measured(
+            (ROOT / "docs" / "bare-towers.md").read_text(encoding="utf-8"),
+            *("retrieval", "retrieval.json", retrieval_region),
+        ),
     }
 
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.tokens import follow
 from vlmcompress.families.towers import QueriesKeys, Tower
 from vlmcompress.methods.ops.merging import group_mean, group_sum
 from vlmcompress.methods.pipeline import TowerStage
+from vlmcompress.methods.stages import NAN_REMEDY
 from vlmcompress.methods.tower.base import TowerAttention, TowerState
 
 
@@ -143,6 +145,10 @@ class TowerRun:
         rows = self._tower.rows
         output = self._block(layer, module, lambda x: rows(forward(rows(x))), rows(hidden))
         if self._in_order and layer == self._last and self.reduced:
+            if bool(output.isnan().any()):
+                raise UnsupportedInputError(
+                    f"The states of the vision tower hold NaN. {NAN_REMEDY}"
+                )
             output = self._sorted(output)
         return rows(output)
 
@@ -229,9 +235,7 @@ class TowerRun:
         self._plan = self._method.schedule(n, self._keep, self._depth, self._last)
 
     def _reduce(self, hidden: Tensor, k: int) -> Tensor:
-        state = dataclasses.replace(
-            self.state, hidden=self._shown(hidden, 1), parts=self._parts
-        )
+        state = dataclasses.replace(self.state, hidden=self._shown(hidden, 1), parts=self._parts)
         short = self._method.reduce(self._layer, state, k)
         self._state = _without_rows(short)
         c, r = self._cls_rows, self._tower.registers
