@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,3 +74,54 @@ def state_of(
         attention=attention,
     )
     return dataclasses.replace(state, **others)
+
+
+def random_state(prompts: Sequence[tuple[int, int, int]], seed: int = 0) -> DecoderState:
+    """Random rows, with everything that a method may read.
+
+    Args:
+        prompts: of each sample, text rows before, visual rows, and text rows behind; the first
+            half of the visual rows is one image and the rest another. Padding stands to the left.
+        seed: of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length, b = max(map(sum, prompts)), len(prompts)
+    visual, valid = torch.zeros(2, b, length, dtype=torch.bool)
+    images = torch.full((b, length), -1)
+    for i, (before, n, behind) in enumerate(prompts):
+        start = length - n - behind
+        visual[i, start : start + n] = True
+        valid[i, start - before :] = True
+        images[i, start : start + n // 2] = 2 * i
+        images[i, start + n // 2 : start + n] = 2 * i + 1
+    hidden, earlier, embedded = torch.randn(3, b, length, 8, generator=generator)
+    q = 2 * torch.randn(b, 4, length, 6, generator=generator)
+    k = 2 * torch.randn(b, 2, length, 6, generator=generator)
+    return state_of(
+        hidden,
+        visual,
+        DecoderAttention(q, k, 0.5, valid),
+        valid=valid,
+        images=images,
+        grid=(4, 5),
+        earlier=earlier,
+        embedded=embedded,
+    )
+
+
+def sample(state: DecoderState, b: int) -> DecoderState:
+    """One sample of a state without its padding."""
+    columns = state.valid[b]
+    attention = state.attended()
+    rows = {
+        f.name: getattr(state, f.name)[b : b + 1, columns]
+        for f in dataclasses.fields(state)
+        if isinstance(getattr(state, f.name), Tensor)
+    }
+    alone = DecoderAttention(
+        attention.q[b : b + 1, :, columns],
+        attention.k[b : b + 1, :, columns],
+        attention.scale,
+        attention.seen[b : b + 1, columns],
+    )
+    return dataclasses.replace(state, **rows, attention=alone)
