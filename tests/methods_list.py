@@ -56,3 +56,8 @@ LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("holitom_llm", {"layers": (2,)}),
     ("prunevid_llm", {"layers": (1,)}),
 )
+
+#: Those of them whose own thresholds say how many stay.
+ADAPTIVE_LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("atp", {"layers": (1, 2), "sample_rates": (0.25,)}),
+)

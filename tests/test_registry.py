@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.methods_list import (
+    ADAPTIVE_LAYER_METHODS,
     CONNECTOR_METHODS,
     LAYER_METHODS,
     SPARSE_TOWER_METHODS,
@@ -24,7 +25,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 def test_every_method_is_in_the_test_list():
     tower = TOWER_METHODS + SPARSE_TOWER_METHODS
-    stages = {"connector": CONNECTOR_METHODS, "tower": tower, "decoder": LAYER_METHODS}
+    layer = LAYER_METHODS + ADAPTIVE_LAYER_METHODS
+    stages = {"connector": CONNECTOR_METHODS, "tower": tower, "decoder": layer}
     for stage, methods in stages.items():
         listed = [name for name, _ in methods]
         assert len(set(listed)) == len(listed)

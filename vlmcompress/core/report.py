@@ -17,6 +17,23 @@ def _no_times() -> Mapping[str, float]:
 
 
 @dataclass(frozen=True)
+class SoftMask:
+    """How a site in the language model masked visual tokens in training.
+
+    Attributes:
+        layer: before which it did.
+        weights: [B, R] product of the soft masks up to here, with its gradient; 0 for text.
+        kept: [B, R] bool, visual tokens that would be left behind the site outside training.
+        visual: [B, R] bool, all visual tokens.
+    """
+
+    layer: int
+    weights: Tensor
+    kept: Tensor
+    visual: Tensor
+
+
+@dataclass(frozen=True)
 class CallRecord:
     """One call with images.
 
@@ -49,6 +66,7 @@ class CallRecord:
         layer_tokens: per layer, visual tokens of each sample in its attention; empty likewise.
         layer_entrants: per layer [B, R], which of all visual tokens that entered the language model
             each row of its attention is, -1 for text, merged rows and padding; empty likewise.
+        soft_masks: in training, the soft mask of each site in the language model.
         kv_bytes: bytes of keys and values in the cache after prefill; None without a cache.
         warnings: what the caller should know.
         clock: gives seconds by stage.
@@ -76,6 +94,7 @@ class CallRecord:
     layer_lengths: tuple[tuple[int, int], ...] = ()
     layer_tokens: tuple[tuple[int, ...], ...] = ()
     layer_entrants: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    soft_masks: tuple[SoftMask, ...] = field(default=(), repr=False, compare=False)
     kv_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     clock: Callable[[], Mapping[str, float]] = field(default=_no_times, repr=False, compare=False)

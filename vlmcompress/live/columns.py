@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmcompress.core.errors import CacheMismatchError
 from vlmcompress.families.decoders import Decoder
+from vlmcompress.live import softening
 from vlmcompress.live.rows import Held, LayerRecord, Rows
 
 
@@ -86,13 +87,13 @@ class Columns:
             self._held[key] = past.grown(rows.valid, rows.full, gone, rows.whole)
         return self._held[key]
 
-    def record(self, layers: tuple[Held, ...], rows: Rows) -> LayerRecord:
+    def record(self, layers: tuple[Held, ...], rows: Rows, soft: bool = False) -> LayerRecord:
         """What the cache is to know after the call, whose columns are `rows`."""
         visual = rows.visual.any(0).nonzero()
         settled = 0 if self._past is None else self._past.settled
         if len(visual):
             settled = self.before + int(visual[-1]) + 1
-        return LayerRecord(layers, self.before + rows.index.shape[1], settled)
+        return LayerRecord(layers, self.before + rows.index.shape[1], settled, soft)
 
     def heal(self, layer: int) -> None:
         """Drop what a rejected draft left behind in the cache of a layer.
@@ -129,20 +130,32 @@ class Columns:
             kwargs: what the model hands to every layer, made for all columns.
         """
         past = self.past(layer)
-        if rows.whole and past.whole:
+        if rows.whole and past.whole and rows.soft is None:
             return kwargs
         embeddings, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         key = (id(embeddings), id(mask), id(rows), id(past))
         if key not in self._made:
-            made = {
-                "position_embeddings": self._embeddings(rows, past, hidden, kwargs),
-                "attention_mask": self._square_or_causal(layer, rows, past, hidden, mask),
-                # Rotation is done by then; FlashAttention would take gaps for packed prompts.
-                "position_ids": None,
-            }
+            made = self._made_for(layer, rows, past, hidden, kwargs)
             self._made[key] = ((embeddings, mask, rows), made)  # so that their ids stay theirs
         made = self._made[key][1]
         return {k: made.get(k, v) for k, v in kwargs.items()}
+
+    def _made_for(
+        self, layer: int, rows: Rows, past: Held, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        mask, made = kwargs.get("attention_mask"), {}
+        if not rows.whole or not past.whole:
+            mask = self._square_or_causal(layer, rows, past, hidden, mask)
+            # Rotation is done by then; FlashAttention would take gaps for packed prompts.
+            made = {
+                "position_embeddings": self._embeddings(rows, past, hidden, kwargs),
+                "position_ids": None,
+            }
+        if rows.soft is not None:
+            attention = self._decoder.layers[layer].get_submodule(self._decoder.attention)
+            causal = getattr(attention, "is_causal", True)
+            mask = softening.on(mask, rows, past.seen.shape[1], hidden, causal)
+        return {**made, "attention_mask": mask}
 
     def _embeddings(self, rows: Rows, past: Held, hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
         given = kwargs["position_embeddings"]

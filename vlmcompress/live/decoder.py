@@ -166,6 +166,7 @@ def leave(state: State, record: CallRecord) -> CallRecord:
         layer_lengths=tuple(run.lengths),
         layer_tokens=run.tokens(),
         layer_entrants=run.entrants(record.batch),
+        soft_masks=tuple(run.soft_masks),
         prefill_flops=layered_flops(text, run.lengths, record.batch),
     )
 
@@ -184,13 +185,18 @@ def _check(
     """Refuse what would go wrong without a word.
 
     Raises:
-        CacheMismatchError: for a cache of another batch.
+        CacheMismatchError: for a cache of another batch, or one that soft masks were on.
         UnsupportedInputError: when a sliding window would count kept tokens.
     """
     held = _held(arguments.get("past_key_values"))
     if past is not None and len(past.layers[0].seen) != len(new):
         raise CacheMismatchError(
             f"The cache was filled by {len(past.layers[0].seen)} rows, the call has {len(new)}."
+        )
+    if past is not None and past.soft:
+        raise CacheMismatchError(
+            "The cache was filled under soft masks, which are for training and which it does not "
+            "hold; call handle.parts.eval() first to generate, or start without the cache."
         )
     window = decoder.window
     if window is not None and held + new.shape[1] > window:
@@ -290,7 +296,7 @@ def _acts(stages: Sequence[LayerStage], rows: Rows, depth: int) -> list[Act]:
         sites = stage.method.sites(depth)
         for number, site in enumerate(sites):
             allowed = tuple(counts[number] if counts else 0 for counts in left)
-            acts.append(Act(site, stage.method, number, allowed))
+            acts.append(Act(site, stage.method, number, allowed, stage.parts))
     return sorted(acts, key=lambda act: (act.site.layer, act.site.where == "between"))
 
 

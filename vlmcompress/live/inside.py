@@ -11,6 +11,7 @@ from torch import nn
 from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
 from vlmcompress.families import Family
 from vlmcompress.families.towers import Tower
+from vlmcompress.live.layerparts import with_layer_parts
 from vlmcompress.live.sparserun import makes_attention
 from vlmcompress.methods.pipeline import Pipeline, TowerStage
 from vlmcompress.methods.tower.shape import TowerShape
@@ -64,7 +65,8 @@ def check_tower(family: Family, base: nn.Module, stage: TowerStage) -> None:
 def with_parts(
     family: Family, base: nn.Module, built: Pipeline, before: Pipeline | None = None
 ) -> Pipeline:
-    """`built` with what the method in the tower of a language model learns; see `learning`."""
+    """`built` with what its methods in tower and language model learn; see `learning`."""
+    built = with_layer_parts(base, built, before)
     tower, module = family.tower(base), family.tower_module(base)
     if built.tower is None or tower is None:
         return built

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.errors import UnsupportedInputError
+from vlmcompress.core.report import SoftMask
 from vlmcompress.families.decoders import Decoder
+from vlmcompress.live import softening
 from vlmcompress.live.columns import Columns
 from vlmcompress.live.look import Look
 from vlmcompress.live.rows import LayerRecord, Rows, take_rows
@@ -28,6 +30,7 @@ from vlmcompress.methods.decoder.base import (
     Reduction,
     Site,
 )
+from vlmcompress.methods.learned import Learned
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Act:
         method: what acts there.
         number: of the site among the method's.
         left: per sample, how many visual tokens it may leave.
+        parts: what the method has learnt.
     """
 
     site: Site
     method: LayerReducer
     number: int
     left: tuple[int, ...]
+    parts: Learned | None = None
 
 
 class LayerRun:
@@ -55,6 +60,7 @@ class LayerRun:
         half: which half of a layer runs; None where it runs whole.
         look: at the attention of a layer.
         lengths: rows that went through each layer's attention and through its MLP.
+        soft_masks: in training, the soft mask of each site so far.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class LayerRun:
         self._answer: Any = None
         self._went: list[Rows] = []
         self.lengths: list[tuple[int, int]] = []
+        self.soft_masks: list[SoftMask] = []
         self.half: Literal["attention", "mlp"] | None = None
 
     def owns(self, module: nn.Module) -> bool:
@@ -235,8 +242,11 @@ class LayerRun:
         allowed = torch.tensor(act.left, device=visual.device)
         if act.method.count_kind == "exact" and bool((visual <= allowed).all()):
             return hidden
-        state = self._state(act.method, layer, hidden, kwargs)
+        state = self._state(act, layer, hidden, kwargs)
         reduction = act.method.reduce(act.number, state, allowed)
+        if reduction.soft is not None:
+            self._soften(act, reduction)
+            return hidden
         found = rows.reduced(reduction, self._mode or act.method.renumbers)
         self.look.seen = None
         if found is None:
@@ -251,10 +261,24 @@ class LayerRun:
         )
         return take_rows(_joined(hidden, reduction), chosen)
 
+    def _soften(self, act: Act, reduction: Reduction) -> None:
+        """Let all rows go on, those that would be dropped more faintly."""
+        softening.check(act.method.name, self.decoder)
+        self._rows = rows = self._rows.softened(reduction)
+        assert rows.soft is not None  # they have just been given it
+        assert rows.faint is not None
+        kept = rows.visual & ~rows.faint
+        mask = SoftMask(act.site.layer, rows.soft.exp() * rows.visual, kept, rows.visual)
+        self.soft_masks.append(mask)
+        self.look.seen = None
+        self._columns.forget()
+
     def _state(
-        self, method: LayerReducer, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
+        self, act: Act, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
     ) -> DecoderState:
-        rows = self._rows
+        rows, method = self._rows, act.method
+        if act.parts is not None:
+            act.parts.follow(hidden.device)
         state = DecoderState(
             hidden=hidden,
             visual=rows.visual,
@@ -269,6 +293,8 @@ class LayerRun:
             earlier=self._earlier if method.reads == "features" else None,
             answers=rows.answers,
             embedded=self._embedded,
+            faint=rows.faint,
+            parts=act.parts,
         )
         if method.reads in ("nothing", "features"):
             return state
@@ -305,10 +331,11 @@ class LayerRun:
         rows, cache = self._rows, self._columns.cache
         self.look.seen = self._earlier = self._embedded = None
         self._columns.forget()
-        cut = not all(went.whole for went in self._went)
+        soft = bool(self.soft_masks)
+        cut = soft or not all(went.whole for went in self._went)
         if cache is not None and self._attach is not None and cut:
             layers = tuple(self._columns.held(i, went) for i, went in enumerate(self._went))
-            self._attach(cache, self._columns.record(layers, self._all))
+            self._attach(cache, self._columns.record(layers, self._all, soft))
         if rows.whole:
             return hidden
         length = self._all.index.shape[1]

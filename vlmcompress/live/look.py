@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmcompress.families.decoders import Decoder
+from vlmcompress.live import softening
 from vlmcompress.live.columns import Columns
 from vlmcompress.live.rows import Rows, take_rows
 from vlmcompress.methods.decoder.base import DecoderAttention
@@ -97,4 +98,5 @@ class Look:
             past=past.seen.shape[1],
             # Looking ahead, keys beyond those of this call are not there yet.
             mask=mask[..., : k.shape[2]] if self._columns.square and squares else None,
+            bias=softening.of_keys(rows, past.seen.shape[1]),
         )

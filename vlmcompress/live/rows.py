@@ -31,6 +31,8 @@ class Rows:
         full: whether every row is valid, known without asking the device.
         whole: whether these are all columns of the call.
         renumbered: whether positions were counted anew.
+        soft: [B, R] log of the soft masks so far, 0 for text; None outside training.
+        faint: [B, R] bool, rows that would have been dropped outside training; None likewise.
     """
 
     index: Tensor
@@ -47,6 +49,8 @@ class Rows:
     full: bool = True
     whole: bool = True
     renumbered: bool = False
+    soft: Tensor | None = None
+    faint: Tensor | None = None
 
     @classmethod
     def all(
@@ -116,6 +120,8 @@ class Rows:
             grid=take(self.grid),
             given=take(self.given),
             answers=None if self.answers is None else take(self.answers) & valid,
+            soft=None if self.soft is None else take(self.soft),
+            faint=None if self.faint is None else take(self.faint) & valid,
             full=full,
             whole=False,
         )
@@ -142,6 +148,14 @@ class Rows:
             where = self._counted_anew(valid)
             left = dataclasses.replace(left, where=where, renumbered=True)
         return left, chosen if order is None else order.gather(1, chosen)
+
+    def softened(self, by: Reduction) -> Rows:
+        """All of these rows, with the soft mask of a reduction on those before it."""
+        assert by.soft is not None  # the contract of softening
+        soft, faint = by.soft.masked_fill(~self.visual, 0), self.visual & ~by.keep
+        if self.soft is not None and self.faint is not None:
+            soft, faint = self.soft + soft, self.faint | faint
+        return dataclasses.replace(self, soft=soft, faint=faint)
 
     def among(self, others: Rows) -> Tensor:
         """[B, R] which of `others`, from which these were taken, each row is; 0 for padding."""
@@ -224,11 +238,13 @@ class LayerRecord:
         layers: what each layer holds of the first `length` columns.
         length: columns of the conversation when it was written.
         settled: columns up to the last visual one; less cannot be held.
+        soft: whether it was filled under soft masks, which a later call would not know.
     """
 
     layers: tuple[Held, ...]
     length: int
     settled: int
+    soft: bool = False
 
     def columns(self, held: int) -> int:
         """Columns of the conversation when layer 0 holds `held` keys."""

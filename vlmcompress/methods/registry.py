@@ -59,6 +59,7 @@ BUILTIN: dict[str, str] = {
     "topv": "vlmcompress.methods.decoder.topv:TopV",
     "holitom_llm": "vlmcompress.methods.decoder.holitom_llm:HoliTomLLM",
     "prunevid_llm": "vlmcompress.methods.decoder.prunevid_llm:PruneVidLLM",
+    "atp": "vlmcompress.methods.decoder.atp:ATP",
 }
 
 

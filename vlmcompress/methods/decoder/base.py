@@ -19,6 +19,7 @@ from torch import Tensor
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError, EvidenceError
 from vlmcompress.methods.base import Layer, Method, Stage
+from vlmcompress.methods.learned import Learned, Parts
 from vlmcompress.methods.ops.topk import ranks
 from vlmcompress.methods.options import resolve_layer
 
@@ -41,6 +42,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class DecoderShape:
+    """What the trained parts of a method are made for.
+
+    Attributes:
+        depth: layers of the model.
+        width: of its rows.
+    """
+
+    depth: int
+    width: int
+
+
+@dataclass(frozen=True)
 class DecoderAttention:
     """Queries and keys of one layer, as its kernel got them (normed, rotated).
 
@@ -53,6 +67,8 @@ class DecoderAttention:
         past: keys of earlier turns.
         mask: [B, 1, L, C] what the kernel adds to the logits (or bool, what may be seen), where a
             row may see later rows; None where it sees those before it.
+        bias: [B, past + L] added to the logits of every key: the log of soft masks in training;
+            None for none.
     """
 
     q: Tensor
@@ -61,6 +77,7 @@ class DecoderAttention:
     seen: Tensor
     past: int = 0
     mask: Tensor | None = None
+    bias: Tensor | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
         """Scaled logits of some queries: [B, heads, r, C] float32, nothing hidden.
@@ -86,6 +103,9 @@ class DecoderAttention:
         hidden = ~self._may_see(rows, logits.shape[-1])
         if self.mask is not None and self.mask.dtype != torch.bool:
             logits = logits + _rows(self.mask, rows).float()
+        if self.bias is not None:
+            beyond = logits.shape[-1] - self.bias.shape[1]
+            logits = logits + torch.nn.functional.pad(self.bias, (0, beyond))[:, None, None]
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
         return weights[..., self.past : self.past + self.q.shape[2]]
 
@@ -124,6 +144,9 @@ class DecoderState:
         embedded: [B, L, d] the same rows as they came into layer 0; None unless read.
         notes: [B, L] what the method wrote down beside these rows at its last site; None before
             that, and 0 for merged rows.
+        faint: [B, L] bool, visual rows that soft masks let through and that would be dropped
+            outside training; None where nothing was masked softly.
+        parts: what the method has learnt; None where it learns nothing.
     """
 
     hidden: Tensor
@@ -141,6 +164,8 @@ class DecoderState:
     answers: Tensor | None = None
     embedded: Tensor | None = None
     notes: Tensor | None = None
+    faint: Tensor | None = None
+    parts: Learned | None = None
 
     def attended(self) -> DecoderAttention:
         """The attention that was asked for.
@@ -151,6 +176,19 @@ class DecoderState:
         if self.attention is None:
             raise EvidenceError("A method in the LLM needs a layer's attention; none was read.")
         return self.attention
+
+    def learnt(self, kind: type[Parts]) -> Parts:
+        """What the method has learnt.
+
+        Raises:
+            EvidenceError: when the state has none of that kind.
+        """
+        if not isinstance(self.parts, kind):
+            raise EvidenceError(
+                f"A method in the LLM needs its trained parts ({kind.__name__}), and the state has "
+                f"{type(self.parts).__name__}; pass what its `parts` makes."
+            )
+        return self.parts
 
     @property
     def last(self) -> Tensor:
@@ -171,6 +209,9 @@ class Reduction:
         source: [B, m] row that each of them stands for, for its place in the image.
         crop_earlier: whether the caches of earlier layers are cut to the same rows.
         notes: [B, L] what the method wants to know of these rows at its next site.
+        soft: [B, L] in training, log of a mask in (0, 1] that later layers' attention to each row
+            is multiplied by before it is normalised. All rows go on then; `keep` says which would
+            outside training.
     """
 
     keep: Tensor
@@ -180,6 +221,7 @@ class Reduction:
     source: Tensor | None = None
     crop_earlier: bool = False
     notes: Tensor | None = None
+    soft: Tensor | None = None
 
 
 class LayerReducer(Method):
@@ -239,6 +281,22 @@ class LayerReducer(Method):
     @abstractmethod
     def reduce(self, site: int, state: DecoderState, k: Tensor) -> Reduction:
         """The reduction at the site of number `site`; `k` ([B] int64) is what `counts` allows."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parts that are trained."""
+        return False
+
+    def parts(self, shape: DecoderShape) -> Learned | None:
+        """What the method learns, from its file or untrained; None where it learns nothing.
+
+        They come in evaluation mode. A method with soft masks makes them when its parts are put
+        into training mode.
+
+        Raises:
+            CheckpointError, ConfigError: for a file that cannot be used.
+        """
+        return None
 
     def final(self, n: int, keep: float | int | None) -> int:
         """Tokens left at the end by `keep`.
