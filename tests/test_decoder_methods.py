@@ -124,6 +124,47 @@ def test_keeping_all_changes_nothing(name: str, options: dict[str, Any]):
         assert not reduction.merged_valid.any()
 
 
+def cast(state: DecoderState, dtype: torch.dtype) -> DecoderState:
+    a = state.attended()
+    return dataclasses.replace(
+        state,
+        hidden=state.hidden.to(dtype),
+        earlier=state.earlier.to(dtype),
+        embedded=state.embedded.to(dtype),
+        attention=dataclasses.replace(a, q=a.q.to(dtype), k=a.k.to(dtype)),
+    )
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decisions_are_made_in_float32(name: str, options: dict[str, Any], dtype: torch.dtype):
+    method = make(name, options)
+    half = cast(random_state(RAGGED, seed=5), dtype)
+    k = torch.tensor([5, 3, 11])
+    found, want = method.reduce(0, half, k), method.reduce(0, cast(half, torch.float32), k)
+    assert torch.equal(found.keep, want.keep)
+    for rows, exact in ((found.hidden, want.hidden), (found.merged, want.merged)):
+        assert (rows is None) == (exact is None)
+        if rows is not None:
+            assert rows.dtype == dtype
+            there = want.keep if rows is found.hidden else want.merged_valid
+            assert torch.equal(rows[there], exact.to(dtype)[there])
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "holitom_llm"])
+def test_gradients_reach_what_was_merged(name: str):
+    method = make(name, {"layers": (1,), **({"recycled": 1.0} if name == "sparsevlm" else {})})
+    state = random_state(RAGGED, seed=5)
+    hidden = state.hidden.clone().requires_grad_()
+    reduction = method.reduce(0, dataclasses.replace(state, hidden=hidden), torch.tensor([5, 4, 9]))
+    if reduction.merged is None:
+        total = reduction.hidden[reduction.keep].sum()
+    else:
+        total = reduction.merged[reduction.merged_valid].sum() + hidden[reduction.keep].sum()
+    total.backward()
+    assert (hidden.grad.abs().sum(-1) > 0).all()
+
+
 @every_method
 def test_global_random_state_is_left_alone(name: str, options: dict[str, Any]):
     method = make(name, options)

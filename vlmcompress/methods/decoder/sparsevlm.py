@@ -228,6 +228,7 @@ def _one_less(count: int, n: int) -> int:
     return min(n, max(1, min(count, n - 1)))
 
 
+@torch.no_grad()
 def text_raters(state: DecoderState) -> Tensor:
     """Text rows that match the visual ones better than the mean text row: [B, L] bool.
 
