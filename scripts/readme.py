@@ -234,7 +234,7 @@ def _verdict(results: dict[str, Any], method: str, family: str) -> str:
 def exemptions_region(results: dict[str, Any]) -> str:
     """The exemptions of the matrix, numbered."""
     axes = ("equality", "method", "family", "kernel", "dtype")
-    names = {**results["axes"]["equality"], **results["axes"]["other equalities"]}
+    names = {**results["axes"]["equality"], **results["axes"].get("other equalities", {})}
     lines = [("no.", *axes, "reason"), ("---",) * 7]
     for number, exemption in enumerate(results["exemptions"], start=1):
         shown = {axis: [f"`{value}`" for value in exemption[axis]] for axis in axes}

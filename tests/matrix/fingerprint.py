@@ -26,13 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vlmcompress"
 #: Parts of it whose files are all counted, imported or not.
 SHARED = ("core", "live", "families")
-#: What runs the cells. The lists (methods, families, exemptions) go in entry by entry instead.
-JUDGES = (
-    "tests/seam/equalities.py",
-    "tests/seam/kernels.py",
-    "tests/seam/oracle.py",
-    "tests/tiny/__init__.py",
-)
+#: What runs the cells, whose imports are followed. The lists (methods, families, exemptions) go in
+#: entry by entry instead, with what `matrix.py` makes of them.
+JUDGE = "tests/seam/checks.py"
+LISTS = ("tests/seam/matrix.py", "tests/methods_list.py", "tests/tiny/configs.py")
 
 
 def versions() -> dict[str, str]:
@@ -49,8 +46,8 @@ def of_pair(method: str, family: str) -> str:
     """The fingerprint of all cells of a method on a family."""
     return digest(
         versions(),
-        [matrix.POSITIONS, matrix.BUDGETS],
-        [meaning(ROOT / name) for name in JUDGES],
+        [matrix.POSITIONS, matrix.BUDGETS[matrix.stage_of(method)]],
+        [meaning(path) for path in judges()],
         [meaning(path) for path in sources(method)],
         [method, BUILTIN[method], repr(matrix.configured(method))],
         [family, configs.CONFIGS[family]().to_dict()],
@@ -58,12 +55,13 @@ def of_pair(method: str, family: str) -> str:
 
 
 def of_lists() -> str:
-    """The fingerprint of the lists: methods, families, axes, equalities and exemptions."""
+    """The fingerprint of the lists: methods, families, axes, equalities, cells and exemptions."""
     return digest(
         {name: repr(matrix.configured(name)) for name in sorted(matrix.names())},
         sorted(configs.CONFIGS),
         [matrix.KERNELS, matrix.DTYPES, matrix.POSITIONS, matrix.BUDGETS],
-        matrix.EQUALITIES,
+        [matrix.EQUALITIES, matrix.ONCE_PER_FAMILY, matrix.PLAIN],
+        {name: matrix.chosen_families(name) for name in sorted(matrix.names())},
         [repr(exemption) for exemption in matrix.EXEMPT],
     )
 
@@ -88,10 +86,23 @@ def sources(method: str) -> list[Path]:
     return sorted(found)
 
 
-def files_of(name: str) -> list[Path]:
-    """Files of a dotted name of the library: modules and packages on the way; [] of other names."""
+@cache
+def judges() -> tuple[Path, ...]:
+    """Files of the tests that a cell runs, without the lists, sorted."""
+    lists = {ROOT / name for name in LISTS}
+    found, waiting = set[Path](), [ROOT / JUDGE]
+    while waiting:
+        path = waiting.pop()
+        if path not in found | lists:
+            found.add(path)
+            waiting += [file for name in imported(path) for file in files_of(name, "tests")]
+    return tuple(sorted(found))
+
+
+def files_of(name: str, package: str = PACKAGE) -> list[Path]:
+    """Files of a dotted name in a package: modules and packages on the way; [] of other names."""
     parts = name.split(".")
-    if parts[0] != PACKAGE:
+    if parts[0] != package:
         return []
     places = [ROOT.joinpath(*parts[: i + 1]) for i in range(len(parts))]
     candidates = [file for p in places for file in (p / "__init__.py", p.with_suffix(".py"))]

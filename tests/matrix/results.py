@@ -21,7 +21,7 @@ FOLDER = fingerprint.ROOT / "build" / "matrix"
 #: What is committed.
 FILE = fingerprint.ROOT / "docs" / "assets" / "matrix.json"
 
-PASSED, FAILED, NOT_RUN = ".", "F", "?"
+PASSED, FAILED, NOT_RUN, NO_CELL = ".", "F", "?", "-"
 #: Signs for reasons of exemptions and skips.
 SIGNS = string.ascii_lowercase + string.ascii_uppercase.replace(FAILED, "")
 
@@ -121,8 +121,8 @@ def table(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """The content of the committed file: versions, axes, exemptions and a sign per cell.
 
     `results[method][family]["outcomes"]` has one text per kernel, with one word per dtype, with one
-    sign per equality, all in the order of `axes`: `.` passed, `F` failed, `?` not run, a letter for
-    a reason in `reasons`.
+    sign per equality, all in the order of `axes`: `.` passed, `F` failed, `?` not run, `-` no cell
+    of the matrix, a letter for a reason in `reasons`.
     """
     cells = every_cell()
     reasons = [cell.exempt for cell in cells]
@@ -157,9 +157,8 @@ def axes() -> dict[str, Any]:
         "kernel": list(matrix.KERNELS),
         "dtype": list(matrix.DTYPES),
         "positions": list(matrix.POSITIONS),
-        "budget": list(matrix.BUDGETS),
+        "budget": {stage: list(keeps) for stage, keeps in matrix.BUDGETS.items()},
         "equality": {**matrix.EQUALITIES},
-        "other equalities": {**matrix.OTHER_EQUALITIES},
     }
 
 
@@ -194,7 +193,7 @@ def _absent() -> dict[str, dict[str, list[str]]]:
 def _row(method: str, family: str, signs: Mapping[Cell, str]) -> dict[str, Any]:
     def word(kernel: str, dtype: str) -> str:
         cells = (Cell(family, kernel, dtype, method, e) for e in matrix.EQUALITIES)
-        return "".join(signs[cell] for cell in cells)
+        return "".join(signs.get(cell, NO_CELL) for cell in cells)
 
     outcomes = [" ".join(word(k, d) for d in matrix.DTYPES) for k in matrix.KERNELS]
     return {"fingerprint": fingerprint.of_pair(method, family), "outcomes": outcomes}

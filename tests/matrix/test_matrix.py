@@ -6,7 +6,8 @@ import pytest
 
 from tests.matrix.cells import Cell, cells
 from tests.seam import kernels
-from tests.seam.equalities import CHECKS, world
+from tests.seam.checks import check
+from tests.seam.worlds import world
 from vlmcompress import handle_of
 from vlmcompress.live.state import state_of
 
@@ -18,7 +19,7 @@ def test_cell(cell: Cell):
         pytest.skip(reason)
     here = world(cell.family, cell.kernel, cell.dtype)
     try:
-        CHECKS[cell.equality](here, cell.method)
+        check(cell.equality, here, cell.method)
     finally:  # other cells share the model
         if state_of(here.model) is not None:
             handle_of(here.model).remove()

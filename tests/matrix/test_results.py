@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from tests.matrix import fingerprint, results
 from tests.matrix.cells import Cell, cells, every_cell, in_shard, parse_shard
 from tests.matrix.results import Outcome
 from tests.seam import matrix
-from tests.seam.equalities import CHECKS
+from tests.seam.checks import CHECKS, LAYER_CHECKS
+from vlmcompress.methods import registry
 
 ONE = Cell("llava", "sdpa", "float32", "uniform", "cache_bytes")
 
@@ -31,8 +33,21 @@ def committed():
     return json.loads(results.FILE.read_text(encoding="utf-8"))
 
 
+def test_every_method_is_in_the_matrix():
+    """Whatever is registered: one line in `tests/methods_list.py` brings it in."""
+    assert sorted(matrix.names()) == sorted(registry.BUILTIN)
+
+
+def test_every_method_has_cells_where_it_exists():
+    there = {(cell.family, cell.method) for cell in cells()}
+    assert there == set(matrix.everything())
+    assert {method for _, method in there} == set(matrix.names())
+
+
 def test_the_committed_results_are_those_of_the_lists(committed):
     """Older than the lists: run `make test-matrix` (only what is new runs) and commit its file."""
+    missing = [name for name in matrix.names() if name not in committed["results"]]
+    assert not missing, f"methods without results: {', '.join(missing)}; run `make test-matrix`"
     assert committed["axes"] == json.loads(json.dumps(results.axes()))
     assert committed["lists"] == fingerprint.of_lists()
     assert set(committed["results"]) == set(matrix.names())
@@ -53,7 +68,7 @@ def test_no_committed_cell_failed_or_is_missing(committed):
         for row in families.values()
         for text in row["outcomes"]
     )
-    assert set(signs) <= {results.PASSED, " ", *committed["reasons"]}
+    assert set(signs) <= {results.PASSED, results.NO_CELL, " ", *committed["reasons"]}
     assert signs.count(results.PASSED) == committed["counts"]["passed"]
 
 
@@ -74,6 +89,7 @@ def test_cells_have_names_of_their_own():
     names = [str(cell) for cell in every_cell()]
     assert len(set(names)) == len(names)
     assert set(matrix.EQUALITIES) == set(CHECKS)
+    assert set(LAYER_CHECKS) <= set(CHECKS)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -91,13 +107,43 @@ def test_shards_that_do_not_exist(text):
 
 
 def test_exemptions_have_reasons_and_name_what_exists():
-    axes = {**results.axes(), "equality": {**matrix.EQUALITIES, **matrix.OTHER_EQUALITIES}}
+    axes = results.axes()
     for exemption in matrix.EXEMPT:
         assert len(exemption.reason) > 20
         for axis in matrix.AXES:
             assert set(getattr(exemption, axis)) <= set(axes[axis]), exemption
-        used = any(exemption.reason == cell.exempt for cell in every_cell())
-        assert used or set(exemption.equality) <= set(matrix.OTHER_EQUALITIES), exemption
+        assert any(exemption.reason == cell.exempt for cell in every_cell()), exemption
+
+
+def test_cells_are_crossed_by_the_rule():
+    """All with one kernel and dtype; under the rest, methods inside a model on three families."""
+    kernel, dtype = matrix.PLAIN
+    everywhere = {(f, m, e) for f, m in matrix.everything() for e in matrix.EQUALITIES}
+    found = {(c.kernel, c.dtype): set() for c in every_cell()}
+    for cell in every_cell():
+        found[cell.kernel, cell.dtype].add((cell.family, cell.method, cell.equality))
+    assert found.pop((kernel, dtype)) == everywhere
+    assert len(found) == len(matrix.KERNELS) * len(matrix.DTYPES) - 1
+    for there in found.values():
+        assert {e for _, _, e in there} == set(matrix.EQUALITIES) - set(matrix.ONCE_PER_FAMILY)
+        for name in matrix.names():
+            families = {f for f, m, _ in there if m == name}
+            known = {f for f, m in matrix.everything() if m == name}
+            between = matrix.stage_of(name) == "connector"
+            assert families == known if between else len(families) == min(3, len(known))
+
+
+def test_a_method_that_says_nothing_of_itself_exempts_nobody():
+    with pytest.raises(ValueError, match="one of all"):
+        matrix._which("decoder", "stage", "tower")
+
+
+@pytest.mark.parametrize("stage", ["tower", "decoder"])
+def test_a_method_is_absent_where_patch_refuses_it(stage):
+    for name, family in itertools.product(matrix.names(stage), matrix.FAMILIES):
+        reason = matrix.absent(name, family)
+        assert (reason is None) == ((family, name) in matrix.everything())
+        assert reason is None or name not in reason.split()
 
 
 # --- fingerprints -------------------------------------------------------------------------------
@@ -111,6 +157,23 @@ def test_all_of_live_and_core_is_in_every_fingerprint():
             assert {str(path.relative_to(fingerprint.ROOT)) for path in files} <= names
 
 
+def test_all_that_runs_a_cell_is_in_every_fingerprint():
+    """Equalities, references, models: all of them, and none of the lists."""
+    names = {str(path.relative_to(fingerprint.ROOT)) for path in fingerprint.judges()}
+    parts = ("checks", "equalities", "layer_equalities", "use_equalities", "reductions", "worlds")
+    parts += ("oracle", "kernels", "talk")
+    assert {f"tests/seam/{part}.py" for part in parts} | {"tests/tiny/__init__.py"} <= names
+    assert not names & set(fingerprint.LISTS)
+
+
+@pytest.mark.parametrize("name", ["tome_tower", "fastv"])
+def test_methods_inside_a_model_bring_their_files(name):
+    module = registry.BUILTIN[name].partition(":")[0].replace(".", "/")
+    names = {str(path.relative_to(fingerprint.ROOT)) for path in fingerprint.sources(name)}
+    assert {f"{module}.py", f"{module.rpartition('/')[0]}/base.py"} <= names
+    assert not names & {"vlmcompress/methods/connector/pool.py"}
+
+
 def test_a_method_depends_on_its_own_file_and_no_others():
     names = {path.name for path in fingerprint.sources("divprune")}
     assert {"divprune.py", "diversity.py", "base.py"} <= names
@@ -120,7 +183,12 @@ def test_a_method_depends_on_its_own_file_and_no_others():
 @pytest.fixture
 def forgetful(monkeypatch):
     """Fingerprints are computed anew, before and after a test."""
-    cached = (fingerprint.of_pair, fingerprint.meaning, fingerprint.imported)
+    cached = (
+        fingerprint.of_pair,
+        fingerprint.meaning,
+        fingerprint.imported,
+        fingerprint.judges,
+    )
 
     def forget():
         for function in cached:
@@ -138,6 +206,7 @@ def forgetful(monkeypatch):
         ("vlmcompress/live/encode.py", {"divprune", "pool"}),
         ("vlmcompress/core/keep.py", {"divprune", "pool"}),
         ("tests/seam/oracle.py", {"divprune", "pool"}),
+        ("tests/seam/reductions.py", {"divprune", "pool"}),
         ("vlmcompress/methods/connector/pool.py", {"pool"}),
         ("vlmcompress/methods/ops/diversity.py", {"divprune"}),
         ("vlmcompress/methods/table.py", set()),

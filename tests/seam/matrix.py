@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tests import tiny
-from tests.methods_list import CONNECTOR_METHODS
+from tests import methods_list, tiny
 from tests.tiny import FAMILIES
+from vlmcompress import EvidenceError, UnsupportedModelError, VLMCompressError, patch
 from vlmcompress.families import family_of
-from vlmcompress.methods import Method, create
+from vlmcompress.methods import LayerReducer, Method, create, get
 
-OPTIONS: dict[str, dict[str, Any]] = dict(CONNECTOR_METHODS)
+#: Every list of methods, so that none is forgotten here that is tested elsewhere.
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: options
+    for attribute, methods in vars(methods_list).items()
+    if attribute.endswith("_METHODS")
+    for name, options in methods
+}
 
 #: `make test`: every method runs on these families, every family with the methods below.
 THREE_FAMILIES = ("llava", "paligemma", "qwen2_vl")
@@ -23,7 +30,12 @@ SLICE_KERNELS = ("sdpa", "eager")
 KERNELS = ("sdpa", "eager", "fake_flash", "flex_attention", "flash_attention_2")
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = ("original", "contiguous")
-BUDGETS: tuple[float | int | str, ...] = (1, 0.5, "auto")
+#: By stage: a tower cannot always come down to one patch, and `auto` is for finished towers.
+BUDGETS: dict[str, tuple[float | int | str, ...]] = {
+    "connector": (1, 0.5, "auto"),
+    "tower": (0.4,),
+    "decoder": (1, 0.3),
+}
 
 #: The equalities of the full matrix and what they are called in the documentation.
 EQUALITIES: dict[str, str] = {
@@ -34,9 +46,14 @@ EQUALITIES: dict[str, str] = {
     "cached_is_uncached": "cached = uncached",
     "cache_bytes": "cache bytes",
     "remove_restores": "remove restores",
+    "same_seed": "same seed = same result",
+    "training": "loss and gradients",
+    "turns": "turns over a cache",
 }
-#: Equalities outside the full matrix that have exemptions.
-OTHER_EQUALITIES = {"turns": "turns over a cache"}
+#: They ask nothing of a kernel or a dtype that the others do not ask.
+ONCE_PER_FAMILY = ("same_seed", "training", "turns")
+#: The kernel and dtype under which every equality of every method runs on every family.
+PLAIN = ("sdpa", "float32")
 
 
 @dataclass(frozen=True)
@@ -45,8 +62,7 @@ class Exemption:
 
     Attributes:
         reason: why not; the documentation prints it.
-        equality: of `EQUALITIES` or `OTHER_EQUALITIES`; an empty tuple stands for all, here and in
-            the rest.
+        equality: of `EQUALITIES`; an empty tuple stands for all, here and in the rest.
         method: names of methods.
         family: families.
         kernel: kernels.
@@ -68,16 +84,120 @@ class Exemption:
 
 AXES = ("equality", "method", "family", "kernel", "dtype")
 LOW = ("bfloat16", "float16")
+#: Kernels that take no mask of their own making.
+FLASH = ("fake_flash", "flash_attention_2")
+
+
+def configured(name: str) -> Method:
+    """A method with the options it is tested with.
+
+    Layer options of the methods between tower and language model are made for twelve layers; the
+    tiny towers have six.
+    """
+    left_out = ("layers", "layer") if stage_of(name) == "connector" else ()
+    return create(name, **{k: v for k, v in OPTIONS[name].items() if k not in left_out})
+
+
+def stage_of(name: str) -> str:
+    """Where a method acts."""
+    return get(name).stage
+
+
+def names(*stages: str) -> list[str]:
+    """Names of the methods under test, of some stages if any are given."""
+    return [name for name in OPTIONS if not stages or stage_of(name) in stages]
+
+
+def _which(stage: str, attribute: str, value: Any = True) -> tuple[str, ...]:
+    """Methods of a stage that say something of themselves.
+
+    Raises:
+        ValueError: when there is none: an exemption of no method would be one of all.
+    """
+    told = {name: configured(name) for name in names(stage)}
+    found = tuple(n for n, m in told.items() if getattr(m, attribute, False) == value)
+    if not found:
+        raise ValueError(f"no {stage} method has {attribute}={value}; take its exemption out")
+    return found
+
 
 #: Methods that put dropped tokens into kept ones.
-MERGERS = ("visionzip", "prumerge", "prumerge_plus", "vscan", "tome", "pitome")
+MERGERS = ("pool", "visionzip", "prumerge", "prumerge_plus", "vscan", "tome", "pitome")
+#: The same inside the language model: into new rows, which they say, or into those that stay.
+INNER_MERGERS = (*_which("decoder", "merges"), "holitom_llm")
+#: Inside the tower, and no patch leaves it.
+SPARSE = tuple(name for name, _ in methods_list.SPARSE_TOWER_METHODS)
+#: Inside the language model, and every row stays.
+BESIDE = tuple(n for n in names("decoder") if not isinstance(configured(n), LayerReducer))
+#: Rows leave the layers before the last one.
+EXITS = tuple(name for name in ("early_exit",) if name in OPTIONS)
+
+#: Methods whose options say how much stays, so that `keep` cannot.
+OWN_BUDGETS = tuple(n for n in names() if getattr(configured(n), "own_budget", False))
+
+#: Exemptions of kinds of methods that there need not be any of; one of no method is one of all.
+_OF_KINDS = (
+    Exemption(
+        "its options, not `keep`, say what it does, and nothing says that all stays as it is",
+        equality=("keep_all",),
+        method=tuple(dict.fromkeys((*OWN_BUDGETS, *BESIDE))),
+    ),
+    Exemption(
+        "it changes what layers do, and drops no token",
+        equality=("drop_is_mask", "cut_by_hand", "cache_bytes"),
+        method=BESIDE,
+    ),
+    Exemption(
+        "a batch leaves the layers together, when all of its samples may",
+        equality=("batch_is_singles",),
+        method=EXITS,
+    ),
+    Exemption(
+        "layers that are passed over would learn nothing; in training it raises",
+        equality=("training",),
+        method=EXITS,
+    ),
+)
 
 #: The tests skip these and only these; docs/exactness.md prints them.
 EXEMPT: tuple[Exemption, ...] = (
+    *(exemption for exemption in _OF_KINDS if exemption.method),
     Exemption(
         "a mean of tokens is no subset of them; the prompt cut by hand is compared instead",
         equality=("drop_is_mask",),
-        method=("pool", *MERGERS),
+        method=(*MERGERS, *INNER_MERGERS),
+    ),
+    Exemption(
+        "what goes inside the tower is missing from its later blocks, so that what stays differs "
+        "from the full tower's; the prompt cut by hand is compared instead, and the tower with one "
+        "written out (`tests/seam/test_tower.py` and those beside it)",
+        equality=("drop_is_mask",),
+        method=tuple(names("tower")),
+    ),
+    Exemption(
+        "it spares attention and drops no token",
+        equality=("cache_bytes",),
+        method=SPARSE,
+    ),
+    Exemption(
+        "what it looks at grows with the answer, so that without a cache every step would choose "
+        "anew",
+        equality=("cached_is_uncached", "turns"),
+        method=_which("decoder", "repeatable", False),
+    ),
+    Exemption(
+        "it adds the log of what each token stands for to the tower's attention logits, which "
+        "FlashAttention cannot; `patch` says so",
+        method=_which("tower", "weighs_keys"),
+        kernel=FLASH,
+    ),
+    Exemption(
+        "FlashAttention takes no mask, so rows of its prefix see each other otherwise than under "
+        "the kernels in which the reference hides or cuts",
+        equality=("drop_is_mask", "cut_by_hand"),
+        method=tuple(names("decoder")),
+        family=("paligemma",),
+        kernel=FLASH,
     ),
     Exemption(
         "its prefix attends both ways, so a longer prefix changes earlier states",
@@ -89,7 +209,7 @@ EXEMPT: tuple[Exemption, ...] = (
         "with a cache than without; unpatched, too",
         equality=("cached_is_uncached",),
         family=("paligemma",),
-        kernel=("fake_flash", "flash_attention_2"),
+        kernel=FLASH,
     ),
     Exemption(
         "its router chooses experts, which jumps where rounding decides; other batch shapes "
@@ -117,6 +237,7 @@ EXEMPT: tuple[Exemption, ...] = (
 )
 
 
+@cache
 def exempt(equality: str, **place: str) -> str | None:
     """Why a place (method, family, kernel, dtype) is exempt from an equality, None if it is not."""
     found = (e.reason for e in EXEMPT if e.covers(equality=equality, **place))
@@ -129,7 +250,9 @@ READABLE_FAMILIES = tuple(f for f in FAMILIES if f != "llava_pixtral")
 
 @cache
 def absent(method: str, family: str) -> str | None:
-    """Why a method does not exist on a family: its tower lacks the evidence; None if it does."""
+    """Why a method does not exist on a family; None if it does."""
+    if stage_of(method) != "connector":
+        return refusal(method, family)
     needs = create(method).needs()
     if needs.cls and family not in CLS_FAMILIES:
         return "the tower has no [CLS] token whose attention could be read"
@@ -141,10 +264,33 @@ def absent(method: str, family: str) -> str | None:
 
 
 @cache
+def refusal(method: str, family: str) -> str | None:
+    """What `patch` says of a model on which a method inside tower or LLM cannot act.
+
+    Told of no method and no model, so that equal reasons are equal.
+    """
+    model, told = _plain(family), configured(method)
+    keep = None if getattr(told, "own_budget", False) else 0.5
+    try:
+        patch(model, told, keep=keep).remove()
+    except (EvidenceError, UnsupportedModelError) as error:
+        why = str(error).partition(";")[0].removeprefix(f"{method} ")
+        return re.sub(rf"\b{family_of(model).model_type} ", "", why)
+    except VLMCompressError:
+        return None  # a mistake in the list, which the method's cells show
+    return None
+
+
+@cache
+def _plain(family: str) -> Any:
+    return tiny.build(family)
+
+
+@cache
 def text_readable(family: str) -> bool:
     """Whether questions can be compared with the tower's states."""
-    base = tiny.build(family).base_model
-    facts = family_of(tiny.build(family))
+    base = _plain(family).base_model
+    facts = family_of(_plain(family))
     if family == "vipllava" or not facts.connector_reads_states:
         return False
     return facts.connector(base) is not None
@@ -155,20 +301,18 @@ def runs_on(method: str, family: str) -> bool:
     return absent(method, family) is None
 
 
-def configured(name: str) -> Method:
-    """A method with the options it is tested with.
-
-    Layer options of the shared list are made for twelve layers; the tiny towers have six.
-    """
-    return create(name, **{k: v for k, v in OPTIONS[name].items() if k not in ("layers", "layer")})
-
-
 def slices() -> list[tuple[str, str]]:
-    """Slices of `make test`: every method on three families, every family with four methods."""
-    own = [("llava", m) for m in names()] + [("vipllava", "vtc_cls")]
-    pairs = [(f, m) for f in THREE_FAMILIES for m in names()]
+    """Slices of `make test`: every method on three families, every family with several methods."""
+    pairs = [(f, m) for m in names() for f in chosen_families(m)]
     pairs += [(f, m) for f in FAMILIES for m in (*FOUR_METHODS, "received_attention")]
-    return sorted({(f, m) for f, m in pairs + own if runs_on(m, f)})
+    return sorted({(f, m) for f, m in pairs if runs_on(m, f)})
+
+
+@cache
+def chosen_families(method: str) -> tuple[str, ...]:
+    """Three families that stand for all, the usual ones before others; fewer where none is left."""
+    order = dict.fromkeys((*THREE_FAMILIES, *FAMILIES))
+    return tuple(f for f in order if runs_on(method, f))[:3]
 
 
 def everything() -> list[tuple[str, str]]:
@@ -176,6 +320,14 @@ def everything() -> list[tuple[str, str]]:
     return sorted((f, m) for f in FAMILIES for m in names() if runs_on(m, f))
 
 
-def names() -> list[str]:
-    """Names of all connector methods under test."""
-    return list(OPTIONS)
+def crossed(equality: str, method: str, family: str, kernel: str, dtype: str) -> bool:
+    """Whether a cell belongs to the matrix.
+
+    With `PLAIN` all of them do. Under other kernels and dtypes methods between tower and language
+    model run on every family, those inside either on the three that are chosen for each.
+    """
+    if (kernel, dtype) == PLAIN:
+        return True
+    if equality in ONCE_PER_FAMILY:
+        return False
+    return stage_of(method) == "connector" or family in chosen_families(method)

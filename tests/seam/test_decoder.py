@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.seam import oracle
+from tests.seam.reductions import keys_hidden
 from tests.tiny import Prompt
 from vlmcompress import patch
 from vlmcompress.core.costs import cache_bytes
@@ -36,39 +36,6 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def llava() -> Any:
     return tiny.build("llava")
-
-
-@contextmanager
-def keys_hidden(model: Any, hidden: Mapping[int, Tensor]) -> Iterator[None]:
-    """In layer i nobody sees the columns hidden[i] ([B, L] bool); nothing is shortened.
-
-    Only the hidden columns' own rows see them, so that no row is left without a key.
-    """
-    handles = []
-
-    def hide(layer: int) -> Callable[..., Any]:
-        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            states = args[0]
-            columns = hidden[layer][:, : states.shape[1]]
-            length = states.shape[1]
-            mask = kwargs["attention_mask"]
-            if mask is None:
-                square = torch.ones(length, length, dtype=torch.bool).tril()
-                mask = square.expand(len(states), 1, -1, -1)
-            own = torch.eye(length, dtype=torch.bool)
-            mask = mask & (~columns[:, None, None] | own)
-            return args, {**kwargs, "attention_mask": mask}
-
-        return before
-
-    for i, layer in enumerate(model.get_decoder().layers):
-        if i in hidden:
-            handles.append(layer.register_forward_pre_hook(hide(i), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_columns(model: Any, call: Mapping[str, Tensor], record: Any) -> dict[int, Tensor]:

@@ -6,12 +6,26 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.seam import equalities, matrix, oracle
+from tests.seam import checks, equalities, matrix, oracle
 from tests.seam.equalities import world
 
 PAIRS = matrix.slices()
-QUARTER = [0.25]
+#: Of each image; towers cannot always come down that far.
+QUARTER = {"connector": [0.25], "tower": [0.4], "decoder": [0.25]}
+#: Equalities that run under every kernel and dtype, and those of methods inside the model.
+CROSSED = [e for e in matrix.EQUALITIES if e not in matrix.ONCE_PER_FAMILY]
+INSIDE = [(matrix.chosen_families(m)[0], m) for m in matrix.names("tower", "decoder")]
 pairs = pytest.mark.parametrize(("family", "name"), PAIRS)
+
+
+def hold(equality, family, name):
+    """An equality with one budget, unless it does not exist there."""
+    place = {"method": name, "family": family, "kernel": "sdpa", "dtype": "float32"}
+    if reason := matrix.exempt(equality, **place):
+        pytest.skip(reason)
+    told = matrix.configured(name)
+    keeps = [None] if getattr(told, "own_budget", False) else QUARTER[told.stage]
+    checks.check(equality, world(family), name, keeps)
 
 
 @pytest.mark.parametrize("kernel", matrix.SLICE_KERNELS)
@@ -31,24 +45,36 @@ def test_remove_leaves_nothing_behind(family):
 
 @pairs
 def test_dropping_is_masking(family, name):
-    if reason := matrix.exempt("drop_is_mask", method=name, family=family):
-        pytest.skip(reason)
-    equalities.drop_is_mask(world(family), name, QUARTER)
+    hold("drop_is_mask", family, name)
 
 
 @pairs
 def test_contiguous_is_the_hand_cut_prompt(family, name):
-    equalities.cut_by_hand(world(family), name, QUARTER)
+    hold("cut_by_hand", family, name)
 
 
 @pairs
 def test_a_padded_batch_equals_its_samples(family, name):
-    equalities.batch_is_singles(world(family), name, QUARTER)
+    hold("batch_is_singles", family, name)
+
+
+@pytest.mark.parametrize(("family", "name"), INSIDE)
+def test_caches_of_methods_inside_a_model(family, name):
+    hold("cache_bytes", family, name)
+
+
+@pytest.mark.parametrize("equality", ["keep_all", "remove_restores", *matrix.ONCE_PER_FAMILY])
+@pytest.mark.parametrize(("family", "name"), INSIDE)
+def test_methods_inside_a_model(family, name, equality):
+    place = {"method": name, "family": family, "kernel": "sdpa", "dtype": "float32"}
+    if reason := matrix.exempt(equality, **place):
+        pytest.skip(reason)
+    checks.check(equality, world(family), name)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cached_generation_equals_uncached(family):
-    equalities.cached_is_uncached(world(family), "uniform", QUARTER)
+    equalities.cached_is_uncached(world(family), "uniform", [0.25])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -79,18 +105,18 @@ def test_cached_generation_equals_the_masked_model(family):
 
 
 @pytest.mark.parametrize("dtype", matrix.LOW)
-@pytest.mark.parametrize("equality", equalities.CHECKS)
+@pytest.mark.parametrize("equality", CROSSED)
 def test_half_precision(equality, dtype):
-    equalities.CHECKS[equality](world("llava", "sdpa", dtype), "received_attention")
+    checks.check(equality, world("llava", "sdpa", dtype), "received_attention")
 
 
 @pytest.mark.parametrize("family", matrix.THREE_FAMILIES)
-@pytest.mark.parametrize("equality", equalities.CHECKS)
+@pytest.mark.parametrize("equality", CROSSED)
 def test_the_flash_path(equality, family):
     place = {"method": "divprune", "family": family, "kernel": "fake_flash", "dtype": "float32"}
     if reason := matrix.exempt(equality, **place):
         pytest.skip(reason)
-    equalities.CHECKS[equality](world(family, "fake_flash"), "divprune")
+    checks.check(equality, world(family, "fake_flash"), "divprune")
 
 
 @torch.no_grad()
