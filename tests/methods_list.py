@@ -43,6 +43,11 @@ TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
 #: Those inside the tower that take no patch off it.
 SPARSE_TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("sparsifiner", {"rank": 4}),)
 
+#: Those inside the tower that end it early.
+EXIT_TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("early_exit_tower", {"threshold": 0.9}),
+)
+
 #: Those inside the language model, with layers that a model of three has.
 LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fastv", {"layers": (1,)}),
@@ -60,4 +65,11 @@ LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
 #: Those of them whose own thresholds say how many stay.
 ADAPTIVE_LAYER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("atp", {"layers": (1, 2), "sample_rates": (0.25,)}),
+)
+
+#: Those that drop nothing there: they edit attention, let tokens pass by layers, or leave early.
+BESIDE_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("var", {"tau": 2.0, "layers": (1,)}),
+    ("mod", {"layers": (1,)}),
+    ("early_exit", {"threshold": 0.9}),
 )

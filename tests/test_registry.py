@@ -11,7 +11,9 @@ import pytest
 
 from tests.methods_list import (
     ADAPTIVE_LAYER_METHODS,
+    BESIDE_METHODS,
     CONNECTOR_METHODS,
+    EXIT_TOWER_METHODS,
     LAYER_METHODS,
     SPARSE_TOWER_METHODS,
     TOWER_METHODS,
@@ -24,8 +26,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def test_every_method_is_in_the_test_list():
-    tower = TOWER_METHODS + SPARSE_TOWER_METHODS
-    layer = LAYER_METHODS + ADAPTIVE_LAYER_METHODS
+    tower = TOWER_METHODS + SPARSE_TOWER_METHODS + EXIT_TOWER_METHODS
+    layer = LAYER_METHODS + ADAPTIVE_LAYER_METHODS + BESIDE_METHODS
     stages = {"connector": CONNECTOR_METHODS, "tower": tower, "decoder": layer}
     for stage, methods in stages.items():
         listed = [name for name, _ in methods]

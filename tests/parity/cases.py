@@ -375,4 +375,5 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "pyramiddrop": decoder.pyramiddrop,
     "sparsevlm": decoder.sparsevlm,
     "prunevid": decoder.prunevid,
+    "var": decoder.var,
 }

@@ -14,6 +14,7 @@ from vlmcompress.methods.decoder.attending import packed
 from vlmcompress.methods.decoder.base import DecoderAttention, DecoderState, LayerReducer
 from vlmcompress.methods.decoder.prunevid_llm import PruneVidLLM, best_of_each
 from vlmcompress.methods.decoder.sparsevlm import SparseVLM, text_raters
+from vlmcompress.methods.decoder.var import VAR
 from vlmcompress.methods.ops.density import density_peaks
 from vlmcompress.methods.ops.merging import group_mean
 
@@ -201,6 +202,21 @@ def prunevid(inputs: Arrays) -> Arrays:
     assert isinstance(method, PruneVidLLM)
     keep = best_of_each(method.score(state), group, quota)[0, :n]
     return {"keep_index": keep.nonzero()[:, 0].numpy()}
+
+
+def var(inputs: Arrays) -> Arrays:
+    """`attn` [1, H, L, L]; where the image is, `sink_index`; `rho`, `summ` and `p`."""
+    weights, n = torch.from_numpy(inputs["attn"]), int(inputs["n_visual"])
+    start = int(inputs["image_start"])
+    visual = _span(weights.shape[-1], start, n)
+    sinks = torch.zeros_like(visual)
+    sinks[:, torch.from_numpy(inputs["sink_index"])] = True
+    method = create("var", **{name: float(inputs[name]) for name in ("rho", "summ", "p")})
+    assert isinstance(method, VAR)
+    behind = weights[:, :, start + n :]
+    edited = torch.cat([weights[:, :, : start + n], method.edit(behind, visual, sinks)[0]], 2)
+    coordinates = method.centred(weights, visual, sinks).nonzero()
+    return {"head_query_coords": coordinates.numpy(), "attn_out": edited.numpy()}
 
 
 def _questioned(block: Tensor) -> DecoderState:

@@ -70,6 +70,71 @@ def fitprune(
     emit(results, f"{shown}\n\nFLOPs left: {found.cost:.3f}; written to {out}", as_json, out)
 
 
+@app.command("early_exit")
+def early_exit(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    out: Annotated[Path | None, typer.Option(help="JSON to write as well.")] = None,
+    where: Annotated[str, typer.Option(help="decoder or tower.")] = "decoder",
+    layers: Annotated[
+        float | None, typer.Option(help="Most of the layers that may be run, on average.")
+    ] = None,
+    agreement: Annotated[
+        float | None, typer.Option(help="Or: least share of tokens that must stay the same.")
+    ] = None,
+    first: Annotated[
+        float, typer.Option(help="Earliest layer to leave behind: its number, or a share below 1.")
+    ] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each answer, in the decoder.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts to look at.")] = 64,
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Prompts, as for fitprune."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """From which similarity on layers of a model can be left out, for a budget or an agreement."""
+    from vlmcompress.calibrate import early_exit as run
+    from vlmcompress.core.errors import ConfigError
+
+    if where not in ("decoder", "tower"):
+        raise ConfigError(f"where is {where!r}; it must be 'decoder' or 'tower'.")
+    loaded, processor = load(model, dtype, device)
+    prompts = list(islice(_drawn(samples) if data is None else _listed(data), samples))
+    earliest = int(first) if first == int(first) else first
+    with progress("prompts", len(prompts)) as bar:
+        found = run(
+            loaded,
+            processor,
+            prompts,
+            where="tower" if where == "tower" else "decoder",
+            first=earliest,
+            layers=layers,
+            agreement=agreement,
+            tokens=tokens,
+            progress=lambda: bar.update(),
+        )
+    name = "early_exit_tower" if where == "tower" else "early_exit"
+    spec = f"{name}(threshold={found.threshold!r}, first={found.first})"
+    results = {
+        "method": name,
+        "spec": spec,
+        "model": model,
+        "threshold": found.threshold,
+        "first": found.first,
+        "layers": found.layers,
+        "agreement": found.agreement,
+        "samples": len(prompts),
+        "tokens": tokens if where == "decoder" else 1,
+        "data": "reference scenes" if data is None else data.name,
+    }
+    text = f"{spec}\n{found.layers:.3f} of the layers run, {found.agreement:.3f} of the tokens stay"
+    emit(results, text, as_json, out)
+
+
 def _drawn(n: int) -> Iterator[tuple[Image, str]]:
     """Questions about drawn scenes that no test is made of."""
     from vlmcompress.reference.data import samples

@@ -33,7 +33,11 @@ def prefill_flops(config: Any, length: int, batch: int = 1, logits: int = 1) -> 
 
 
 def layered_flops(
-    config: Any, lengths: Sequence[tuple[int, int]], batch: int = 1, logits: int = 1
+    config: Any,
+    lengths: Sequence[tuple[int, int]],
+    batch: int = 1,
+    logits: int = 1,
+    written: int = 0,
 ) -> int | None:
     """FLOPs of one prefill whose layers work on different lengths.
 
@@ -42,6 +46,7 @@ def layered_flops(
         lengths: per layer, rows in its attention and rows in its MLP.
         batch: rows.
         logits: positions per row for which logits are computed.
+        written: rows whose keys and values alone are made, over all layers.
 
     Returns:
         FLOPs, or None where the config does not describe a dense Llama-like stack.
@@ -52,7 +57,7 @@ def layered_flops(
     _, hidden, intermediate, q, kv, vocab = shape
     projections, mlp = 2 * hidden * (2 * q + 2 * kv), 3 * 2 * hidden * intermediate
     layers = sum(a * (projections + 2 * 2 * a * q) + m * mlp for a, m in lengths)
-    return batch * (layers + 2 * logits * hidden * vocab)
+    return batch * (layers + written * 2 * hidden * 2 * kv + 2 * logits * hidden * vocab)
 
 
 def tower_flops(

@@ -16,6 +16,10 @@ def _no_times() -> Mapping[str, float]:
     return {}
 
 
+def _no_layers() -> tuple[int, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class SoftMask:
     """How a site in the language model masked visual tokens in training.
@@ -56,6 +60,7 @@ class CallRecord:
         skipped_layers: tower layers that were not run because nobody reads them.
         tower_patches: patches left after each tower layer; empty without a stage inside the tower.
         tower_keys: keys that a query looked at in each tower layer; empty where it looked at all.
+        tower_run: tower layers that were run, where patches may leave early; None elsewhere.
         prefill_flops: analytic FLOPs of the language model's prefill, compressed; None if unknown.
         prefill_flops_before: the same without compression.
         tower_flops: analytic FLOPs of the tower's blocks, compressed; None where a language model
@@ -69,6 +74,7 @@ class CallRecord:
         soft_masks: in training, the soft mask of each site in the language model.
         kv_bytes: bytes of keys and values in the cache after prefill; None without a cache.
         warnings: what the caller should know.
+        ran: gives `layers_run`.
         clock: gives seconds by stage.
     """
 
@@ -87,6 +93,7 @@ class CallRecord:
     skipped_layers: int = 0
     tower_patches: tuple[int, ...] = ()
     tower_keys: tuple[int, ...] = ()
+    tower_run: int | None = None
     prefill_flops: int | None = None
     prefill_flops_before: int | None = None
     tower_flops: int | None = None
@@ -97,6 +104,7 @@ class CallRecord:
     soft_masks: tuple[SoftMask, ...] = field(default=(), repr=False, compare=False)
     kv_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    ran: Callable[[], tuple[int, ...]] = field(default=_no_layers, repr=False, compare=False)
     clock: Callable[[], Mapping[str, float]] = field(default=_no_times, repr=False, compare=False)
 
     @property
@@ -143,6 +151,14 @@ class CallRecord:
         return total / (len(self.layer_tokens) * sum(self.layer_tokens[0]))
 
     @property
+    def layers_run(self) -> tuple[int, ...]:
+        """Layers of the language model that each forward ran, where rows may leave early.
+
+        That of the prompt first, then those over its cache so far. Empty without an early exit.
+        """
+        return self.ran()
+
+    @property
     def times(self) -> Mapping[str, float]:
         """Seconds by stage, in the order of the path.
 
@@ -168,12 +184,18 @@ class CallRecord:
             shown = (max(counts) for counts in self.layer_tokens)
             lines.append(f"visual tokens in each layer: {_runs(tuple(shown))}")
             lines.append(f"mean over layers: {100 * self.average_keep:.1f} % of those that entered")
+        if self.layers_run:
+            first, *later = self.layers_run
+            steps = f", {sum(later) / len(later):.1f} on average after it" if later else ""
+            lines.append(f"layers run: {first} of {len(self.layer_lengths)} in prefill{steps}")
         if self.kv_bytes is not None:
             lines.append(f"KV cache after prefill: {self.kv_bytes:,} bytes")
         if self.layers:
             lines.append(f"tower layers read: {', '.join(map(str, self.layers))}")
         if self.skipped_layers:
             lines.append(f"tower layers skipped (nobody reads them): {self.skipped_layers}")
+        if self.tower_run is not None:
+            lines.append(f"tower layers run before patches left: {self.tower_run}")
         if self.tower_patches:
             lines.append(f"patches after each tower layer: {_runs(self.tower_patches)}")
         if self.tower_keys:

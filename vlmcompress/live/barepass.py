@@ -222,6 +222,7 @@ def _record(host: nn.Module, state: State, done: TowerPass) -> CallRecord:
         short_length=None,
         tower_patches=run.plan if run.acted else (),
         tower_keys=run.keys,
+        tower_run=run.ran,
         tower_flops=tower_flops(run.rows, *costs, width, b),
         tower_flops_before=tower_flops(whole, *costs, width, b),
         clock=done.watch.seconds,

@@ -216,6 +216,7 @@ class _Preparation:
             skipped_layers=encoded.skipped_layers,
             tower_patches=encoded.tower_patches,
             tower_keys=encoded.tower_keys,
+            tower_run=encoded.tower_run,
             prefill_flops=prefill_flops(text, short, batch),
             prefill_flops_before=prefill_flops(text, length, batch),
             clock=self.watch.seconds,

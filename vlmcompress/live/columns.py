@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcompress.core.errors import CacheMismatchError
+from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError
 from vlmcompress.families.decoders import Decoder
 from vlmcompress.live import softening
 from vlmcompress.live.rows import Held, LayerRecord, Rows
@@ -114,9 +114,29 @@ class Columns:
             )
         cached.crop(known - held)
 
-    def forget(self) -> None:
-        """Let go of what was made for the rows before they were reduced."""
-        self._made.clear()
+    def crop(self, layer: int, chosen: Tensor) -> None:
+        """Cut the cache of a layer to keys of earlier calls and `chosen` ([B, R]) of this one's.
+
+        Raises:
+            UnsupportedInputError: for a cache of fixed size.
+        """
+        cached = None if self.cache is None else self.cache.layers[layer]
+        if cached is None:
+            return
+        if getattr(cached, "is_compileable", False):
+            raise UnsupportedInputError(
+                "A method that cuts the caches of earlier layers cannot do so in a cache of fixed "
+                "size; use the default cache."
+            )
+        past = self.past(layer).seen.shape[1]
+        cached.keys = _cut(cached.keys, chosen, past)
+        cached.values = _cut(cached.values, chosen, past)
+
+    def forget(self, rows: Rows | None = None) -> None:
+        """Let go of what was made for some rows; for all of them when none are given."""
+        for key, ((*_, made_for), _) in list(self._made.items()):
+            if rows is None or made_for is rows:
+                del self._made[key]
 
     def arguments(
         self, layer: int, rows: Rows, hidden: Tensor, kwargs: dict[str, Any]
@@ -222,3 +242,10 @@ def _square(mask: Tensor, rows: Rows, past: int) -> Tensor:
     valid = rows.valid.to(mask.device)[:, None, None]
     own = some.gather(3, columns).masked_fill(~valid, _hides(mask))
     return torch.cat([some[..., :past], own], 3)
+
+
+def _cut(states: Tensor, chosen: Tensor, past: int) -> Tensor:
+    """Keys or values ([B, heads, C, d]) of earlier turns and of chosen rows of this call."""
+    rows = chosen.to(states.device)[:, None, :, None] + past
+    rows = rows.expand(-1, states.shape[1], -1, states.shape[-1])
+    return torch.cat([states[:, :, :past], states.gather(2, rows)], 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from vlmcompress.core.tokens import Segment
 from vlmcompress.families import Family
 from vlmcompress.families.decoders import Decoder, decoder_of
 from vlmcompress.live import layers
+from vlmcompress.live.beside import check_beside
 from vlmcompress.live.columns import create_causal_mask
 from vlmcompress.live.layerrun import Act, LayerRun
 from vlmcompress.live.rows import LayerRecord, Rows
 from vlmcompress.live.state import State
-from vlmcompress.methods.decoder.base import Positions
+from vlmcompress.methods.decoder.base import LayerReducer, Positions
 from vlmcompress.methods.pipeline import LayerStage, Pipeline
 
 #: The attribute of a cache whose layers hold different lengths.
@@ -76,6 +78,10 @@ def enter(
     if prompt is not None:
         prompt -= _held(arguments.get("past_key_values"))
     rows = _rows(model, arguments, new, mask, record if stages else None, prompt)
+    beside = [s for s in stages if not isinstance(s.method, LayerReducer)]
+    log: list[int] = []
+    if past is not None and not stages and state.active:
+        beside, log = list(past.standing), past.exits
     if stages:
         state.layers.refresh()
     run = LayerRun(
@@ -83,6 +89,8 @@ def enter(
         state.layers.parts,
         rows,
         acts=_acts(stages, rows, len(decoder.layers)) if stages else (),
+        beside=beside,
+        log=log,
         mode=_mode(state),
         mask=mask,
         past=past,
@@ -134,7 +142,10 @@ def check(model: Any, family: Family, built: Pipeline) -> None:
             "layer (create_causal_mask with layer_idx); upgrade transformers."
         )
     decoder = decoder_of(model)
+    check_beside(built, decoder)
     for stage in built.decoder:
+        if not isinstance(stage.method, LayerReducer):
+            continue
         sites = stage.method.sites(len(decoder.layers))
         stage.method.counts(_EXAMPLE, stage.keep, len(decoder.layers))
         if decoder.between is None and any(site.where == "between" for site in sites):
@@ -167,7 +178,8 @@ def leave(state: State, record: CallRecord) -> CallRecord:
         layer_tokens=run.tokens(),
         layer_entrants=run.entrants(record.batch),
         soft_masks=tuple(run.soft_masks),
-        prefill_flops=layered_flops(text, run.lengths, record.batch),
+        prefill_flops=layered_flops(text, run.lengths, record.batch, written=run.written),
+        ran=record.ran if run.exits is None else partial(tuple, run.exits),
     )
 
 
@@ -292,6 +304,8 @@ def _acts(stages: Sequence[LayerStage], rows: Rows, depth: int) -> list[Act]:
     present = rows.visual.sum(1).tolist()
     acts = []
     for stage in stages:
+        if not isinstance(stage.method, LayerReducer):
+            continue
         left = [stage.method.counts(n, stage.keep, depth) if n else () for n in present]
         sites = stage.method.sites(depth)
         for number, site in enumerate(sites):
@@ -302,3 +316,13 @@ def _acts(stages: Sequence[LayerStage], rows: Rows, depth: int) -> list[Act]:
 
 def _attach(cache: Any, record: LayerRecord) -> None:
     setattr(cache, ATTRIBUTE, record)
+    if record.standing and "reorder_cache" not in vars(cache):
+        cache.reorder_cache = MethodType(_reorder, cache)
+
+
+def _reorder(self: Any, beam_idx: Tensor) -> None:
+    """A cache whose beams are put in another order, with what it knows of them."""
+    type(self).reorder_cache(self, beam_idx)
+    record = layers_of(self)
+    if record is not None:
+        setattr(self, ATTRIBUTE, record.reordered(beam_idx))

@@ -48,6 +48,7 @@ class Encoded:
         skipped_layers: tower layers that were not run.
         tower_patches: patches left after each tower layer, where a stage inside it acted.
         tower_keys: keys that a query looked at in each tower layer, where some were left out.
+        tower_run: tower layers that were run, where patches may leave early.
     """
 
     output: Any
@@ -59,6 +60,7 @@ class Encoded:
     skipped_layers: int
     tower_patches: tuple[int, ...] = ()
     tower_keys: tuple[int, ...] = ()
+    tower_run: int | None = None
 
     @property
     def compressed(self) -> bool:
@@ -171,7 +173,7 @@ class Encoder:
         )
         encoded = _collect(output, groups, wanted, skipped)
         if run is not None:
-            encoded = dataclasses.replace(encoded, tower_keys=run.keys)
+            encoded = dataclasses.replace(encoded, tower_keys=run.keys, tower_run=run.ran)
         if session.acted is None:
             return encoded
         return dataclasses.replace(encoded, tower_patches=session.acted.plan)

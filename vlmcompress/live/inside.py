@@ -14,6 +14,7 @@ from vlmcompress.families.towers import Tower
 from vlmcompress.live.layerparts import with_layer_parts
 from vlmcompress.live.sparserun import makes_attention
 from vlmcompress.methods.pipeline import Pipeline, TowerStage
+from vlmcompress.methods.tower.exiting import TowerExit
 from vlmcompress.methods.tower.shape import TowerShape
 from vlmcompress.methods.tower.sparsity import AttentionSparsifier
 
@@ -36,6 +37,9 @@ def check_tower(family: Family, base: nn.Module, stage: TowerStage) -> None:
             "cannot be reduced between its blocks (it packs images, or is not known); use a "
             "method between tower and LLM, such as 'divprune'."
         )
+    if isinstance(method, TowerExit):
+        _check_schedule(family, base, stage, len(tower.layers(module)))
+        return
     if isinstance(method, AttentionSparsifier):
         check_attention(stage, family.model_type, tower, module)
         _check_schedule(family, base, stage, len(tower.layers(module)))

@@ -28,6 +28,7 @@ from vlmcompress.live.state import ATTRIBUTE, State
 from vlmcompress.live.tower import hook_connector, make_skippable, undo_skippable
 from vlmcompress.methods.pipeline import Pipeline
 from vlmcompress.methods.stages import Resolved
+from vlmcompress.methods.tower.exiting import TowerExit
 
 
 def outer_model(model: Any) -> Any:
@@ -67,6 +68,11 @@ def check_evidence(
     if built.tower is not None:
         check_tower(family, base, built.tower)
     needs, tower = built.needs(), family.tower(base)
+    if built.tower is not None and isinstance(built.tower.method, TowerExit) and needs.attention:
+        raise EvidenceError(
+            f"{built.tower.method.name} may leave the tower before the layers whose attention a "
+            "later stage reads; use a method that looks at features, such as 'divprune'."
+        )
     if needs.text:
         _check_text(family, base, built, clip)
     if not needs.attention and not needs.cls and not needs.norms:

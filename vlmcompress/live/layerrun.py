@@ -2,8 +2,7 @@
 
 Each layer is handed the rows that are left, and what runs along them: position embeddings taken at
 their columns, and a mask made for them by transformers itself, from the padding of what is left and
-the length of that layer's own cache. Where a method acts between a layer's attention and its MLP,
-the layer's own forward runs twice, each time with one half passed over.
+the length of that layer's own cache.
 """
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.report import SoftMask
 from vlmcompress.families.decoders import Decoder
 from vlmcompress.live import softening
+from vlmcompress.live.beside import Beside
 from vlmcompress.live.columns import Columns
+from vlmcompress.live.halves import Halves
+from vlmcompress.live.kernels import call_kernel
 from vlmcompress.live.look import Look
-from vlmcompress.live.rows import LayerRecord, Rows, take_rows
+from vlmcompress.live.routing import Routes, joined, parted
+from vlmcompress.live.rows import LayerRecord, Rows, take_rows, with_merged
 from vlmcompress.methods.decoder.base import (
     DecoderState,
     LayerReducer,
@@ -31,6 +34,7 @@ from vlmcompress.methods.decoder.base import (
     Site,
 )
 from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.pipeline import LayerStage
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class LayerRun:
 
     Attributes:
         decoder: the language model.
-        half: which half of a layer runs; None where it runs whole.
+        halves: of a layer that runs in two.
         look: at the attention of a layer.
         lengths: rows that went through each layer's attention and through its MLP.
         soft_masks: in training, the soft mask of each site so far.
@@ -70,6 +74,8 @@ class LayerRun:
         rows: Rows,
         *,
         acts: Sequence[Act] = (),
+        beside: Sequence[LayerStage] = (),
+        log: list[int] | None = None,
         mode: Positions | None = None,
         mask: Tensor | None = None,
         past: LayerRecord | None = None,
@@ -82,7 +88,9 @@ class LayerRun:
             decoder: the language model.
             parts: its layers and what in them is hooked, with the number of the layer.
             rows: all columns of this call.
-            acts: what is done where, in the order of depth.
+            acts: what is dropped where, in the order of depth.
+            beside: methods that drop nothing: editors, routers, early exits.
+            log: layers that forwards before this one have run, for an early exit.
             mode: positions behind each site; None for each method's own choice.
             mask: [B, T] 2-D attention mask over the whole conversation, None for all ones.
             past: what the call's cache knows of earlier turns, None for an empty cache or one that
@@ -95,15 +103,25 @@ class LayerRun:
         self._all = self._rows = rows
         self._columns = Columns(decoder, rows, mask, past, square_masks)
         self.look = Look(decoder, self._columns)
+        self.halves = Halves()
+        self._beside = Beside(beside, decoder, self._columns, past, log)
         self._layer = -1
         self._earlier: Tensor | None = None
         self._embedded: Tensor | None = None
-        self._between: Tensor | None = None
-        self._answer: Any = None
         self._went: list[Rows] = []
         self.lengths: list[tuple[int, int]] = []
         self.soft_masks: list[SoftMask] = []
-        self.half: Literal["attention", "mlp"] | None = None
+
+    @property
+    def exits(self) -> list[int] | None:
+        """Layers that each forward of the conversation has run; None without an early exit."""
+        return None if self._beside.exits is None else self._beside.exits.log
+
+    @property
+    def written(self) -> int:
+        """Rows whose keys and values alone were made, over all layers."""
+        passed = self._went[len(self._went) - self._beside.skipped :]
+        return sum(rows.index.shape[1] for rows in passed)
 
     def owns(self, module: nn.Module) -> bool:
         """Whether a layer, or a part of one, belongs to this forward."""
@@ -112,6 +130,7 @@ class LayerRun:
     def tokens(self) -> tuple[tuple[int, ...], ...]:
         """Visual tokens of each sample that went through each layer's attention."""
         counts = torch.stack([rows.visual.sum(1) for rows in self._went])
+        counts[len(self.lengths) - self._beside.skipped :] = 0
         return tuple(tuple(row) for row in counts.tolist())
 
     def entrants(self, batch: int) -> tuple[Tensor, ...]:
@@ -148,20 +167,71 @@ class LayerRun:
             self._columns.begin(kwargs.get("past_key_values"))
             if any(act.method.reads_embedded for act in self._acts):
                 self._embedded = hidden
+        if self._beside.left:
+            return self._passed_over(layer, hidden, kwargs)
         for act in self._at("before"):
             hidden = self._reduce(act, layer, hidden, kwargs)
         self._columns.heal(self._layer)
-        self._went.append(self._rows)
         if self._reads_next("features"):
             self._earlier = hidden
+        rows, routes = self._rows, self._beside.routes_at(self._layer)
+        if routes is None:
+            output = self._through(layer, forward, hidden, kwargs)
+        else:
+            output = self._routed(routes, layer, forward, hidden, kwargs)
+        self._beside.behind(self._layer, (hidden, rows), (output, self._rows))
+        return output
+
+    def _through(
+        self, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The layer on the rows that are worked on."""
+        self._went.append(self._rows)
+        self._beside.enter(self._layer, self._rows, hidden)
         arguments = self._columns.arguments(self._layer, self._rows, hidden, kwargs)
         between, length = self._at("between"), hidden.shape[1]
         if between:
-            output = self._halves(between, layer, forward, hidden, arguments, kwargs)
+
+            def reduce(hidden: Tensor) -> Tensor:
+                for act in between:
+                    hidden = self._reduce(act, layer, hidden, kwargs)
+                return hidden
+
+            output = self.halves.run(partial(forward, whole=False, **arguments), hidden, reduce)
         else:
-            output = forward(hidden, **arguments)
+            edited = self._beside.edits_at(self._layer) is not None
+            output = forward(hidden, whole=not edited, **arguments)
         self.lengths.append((length, output.shape[1]))
         return output
+
+    def _routed(
+        self,
+        routes: Routes,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The layer on a part of the rows, and all rows behind it."""
+        everything = self._rows
+        route = routes.route(self._layer, self._state(hidden, routes.parts))
+        self._rows, chosen = parted(everything, route)
+        some = take_rows(hidden, chosen)
+        output = self._through(layer, forward, some, kwargs)
+        rows, self._rows = self._rows, everything
+        self._columns.forget(rows)
+        return joined(hidden, output, rows, chosen, route.weight)
+
+    def _passed_over(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """A layer behind the exit: its cache gets the keys and values of the rows that left."""
+        self._columns.heal(self._layer)
+        self._went.append(self._rows)
+        self.lengths.append((0, 0))
+        self._beside.enter(self._layer, self._rows, hidden)
+        if self._columns.cache is not None:
+            arguments = self._columns.arguments(self._layer, self._rows, hidden, kwargs)
+            self.look.write(layer, hidden, arguments)
+        return hidden
 
     def _at(self, where: str) -> list[Act]:
         return [a for a in self._acts if a.site.layer == self._layer and a.site.where == where]
@@ -169,45 +239,6 @@ class LayerRun:
     def _reads_next(self, what: str) -> bool:
         following = Site(self._layer + 1)
         return any(a.site == following and a.method.reads == what for a in self._acts)
-
-    def _halves(
-        self,
-        acts: Sequence[Act],
-        layer: nn.Module,
-        forward: Callable[..., Any],
-        hidden: Tensor,
-        arguments: dict[str, Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        self.half = "attention"
-        forward(hidden, halved=True, **arguments)
-        assert self._between is not None  # the norm's hook saw to it
-        hidden, self._between = self._between, None
-        for act in acts:
-            hidden = self._reduce(act, layer, hidden, kwargs)
-        self.half = "mlp"
-        output = forward(hidden, halved=True, **arguments)
-        self.half, self._answer = None, None
-        return output
-
-    def attention_half(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """What a layer's attention does while the layer runs in halves."""
-        if self.half != "mlp":
-            self._answer = forward(*args, **kwargs)
-            return self._answer
-        nothing = self.nothing(args[0] if args else kwargs["hidden_states"])
-        return nothing if isinstance(self._answer, Tensor) else (nothing, None)
-
-    def nothing(self, like: Tensor) -> Tensor:
-        """What a part that is passed over adds."""
-        return torch.zeros_like(like[:, :1])
-
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Take the rows off before the second norm; one goes on, so that shapes fit."""
-        self._between = hidden
-        return hidden[:, :1]
 
     def attention(
         self,
@@ -219,14 +250,20 @@ class LayerRun:
         kwargs: dict[str, Any],
     ) -> Any:
         """Look at a kernel's arguments; answer in its place when only they were wanted."""
+        scale, rows = float(kwargs["scaling"]), self._rows
         if self.look.ahead:
-            scale = float(kwargs["scaling"])
-            return self.look.only(self._layer, self._rows, query, key, value, mask, scale)
+            return self.look.only(self._layer, rows, query, key, value, mask, scale)
         own = Site(self._layer, "between")
         watched = any(a.site == own and a.method.reads == "own" for a in self._acts)
         if watched or self._reads_next("previous"):
-            self.look.along(self._layer, self._rows, query, key, mask, float(kwargs["scaling"]))
-        return None
+            self.look.along(self._layer, rows, query, key, mask, scale)
+        edits = self._beside.edits_at(self._layer)
+        if edits is None:
+            return None
+        seen = self.look.at(self._layer, rows, query, key, mask, scale)
+        seen = dataclasses.replace(seen, softcap=kwargs.get("softcap"))
+        kernel = partial(call_kernel, module, query, key, value, mask, **kwargs)
+        return edits.answer(self._layer, rows, seen, value, kernel, kwargs)
 
     def lean_output(self, projection: str, output: Tensor) -> Tensor:
         """A projection's output for the rows that were asked, among all rows."""
@@ -242,7 +279,7 @@ class LayerRun:
         allowed = torch.tensor(act.left, device=visual.device)
         if act.method.count_kind == "exact" and bool((visual <= allowed).all()):
             return hidden
-        state = self._state(act, layer, hidden, kwargs)
+        state = self._read(act, layer, hidden, kwargs)
         reduction = act.method.reduce(act.number, state, allowed)
         if reduction.soft is not None:
             self._soften(act, reduction)
@@ -259,7 +296,7 @@ class LayerRun:
             None if values is None else take_rows(values, chosen.clamp(max=values.shape[1] - 1))
             for values in (self._earlier, self._embedded)
         )
-        return take_rows(_joined(hidden, reduction), chosen)
+        return take_rows(with_merged(hidden, reduction), chosen)
 
     def _soften(self, act: Act, reduction: Reduction) -> None:
         """Let all rows go on, those that would be dropped more faintly."""
@@ -273,13 +310,12 @@ class LayerRun:
         self.look.seen = None
         self._columns.forget()
 
-    def _state(
-        self, act: Act, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
-    ) -> DecoderState:
-        rows, method = self._rows, act.method
-        if act.parts is not None:
-            act.parts.follow(hidden.device)
-        state = DecoderState(
+    def _state(self, hidden: Tensor, parts: Learned | None) -> DecoderState:
+        """The rows of this place, as a method sees them."""
+        rows = self._rows
+        if parts is not None:
+            parts.follow(hidden.device)
+        return DecoderState(
             hidden=hidden,
             visual=rows.visual,
             valid=rows.valid,
@@ -290,14 +326,22 @@ class LayerRun:
             grid=rows.grid,
             given=rows.given,
             depth=len(self.decoder.layers),
-            earlier=self._earlier if method.reads == "features" else None,
             answers=rows.answers,
             embedded=self._embedded,
             faint=rows.faint,
-            parts=act.parts,
+            parts=parts,
         )
-        if method.reads in ("nothing", "features"):
+
+    def _read(
+        self, act: Act, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> DecoderState:
+        """The same with what the method at a site reads."""
+        rows, method = self._rows, act.method
+        state = self._state(hidden, act.parts)
+        if method.reads == "nothing":
             return state
+        if method.reads == "features":
+            return dataclasses.replace(state, earlier=self._earlier)
         if method.reads == "next":
             arguments = self._columns.arguments(self._layer, rows, hidden, dict(kwargs))
             asked = method.queries(state)
@@ -308,20 +352,12 @@ class LayerRun:
         """Cut the caches of the layers so far to the rows that are left.
 
         Raises:
-            UnsupportedInputError: for a cache of fixed size.
+            UnsupportedInputError: where they cannot be cut.
         """
         for index, went in enumerate(self._went):
-            layer = None if self._columns.cache is None else self._columns.cache.layers[index]
-            if layer is not None:
-                if getattr(layer, "is_compileable", False):
-                    raise UnsupportedInputError(
-                        "A method that cuts the caches of earlier layers cannot do so in a cache "
-                        "of fixed size; use the default cache."
-                    )
-                past = self._columns.past(index).seen.shape[1]
-                chosen = self._rows.among(went)
-                layer.keys = _cut(layer.keys, chosen, past)
-                layer.values = _cut(layer.values, chosen, past)
+            chosen = self._rows.among(went)
+            self._beside.crop(index, self._rows, chosen)
+            self._columns.crop(index, chosen)
             self._went[index] = self._rows
 
     # The end --------------------------------------------------------------------------------------
@@ -333,28 +369,8 @@ class LayerRun:
         self._columns.forget()
         soft = bool(self.soft_masks)
         cut = soft or not all(went.whole for went in self._went)
-        if cache is not None and self._attach is not None and cut:
+        if cache is not None and self._attach is not None and (cut or self._beside.standing):
             layers = tuple(self._columns.held(i, went) for i, went in enumerate(self._went))
-            self._attach(cache, self._columns.record(layers, self._all, soft))
-        if rows.whole:
-            return hidden
-        length = self._all.index.shape[1]
-        there = (rows.valid & ~rows.fresh).to(hidden.device)
-        target = torch.where(there, rows.index.to(hidden.device), length)
-        out = hidden.new_zeros(len(hidden), length + 1, hidden.shape[-1])
-        return out.scatter(1, target[..., None].expand_as(hidden), hidden)[:, :-1]
-
-
-def _joined(hidden: Tensor, reduction: Reduction) -> Tensor:
-    """Rows with their new values, merged ones behind them."""
-    hidden = hidden if reduction.hidden is None else reduction.hidden
-    if reduction.merged is None:
-        return hidden
-    return torch.cat([hidden, reduction.merged.to(hidden.dtype)], 1)
-
-
-def _cut(states: Tensor, chosen: Tensor, past: int) -> Tensor:
-    """Keys or values ([B, heads, C, d]) of earlier turns and of chosen rows of this call."""
-    rows = chosen.to(states.device)[:, None, :, None] + past
-    rows = rows.expand(-1, states.shape[1], -1, states.shape[-1])
-    return torch.cat([states[:, :, :past], states.gather(2, rows)], 2)
+            record = self._columns.record(layers, self._all, soft)
+            self._attach(cache, dataclasses.replace(record, **self._beside.memory()))
+        return rows.spread(hidden, self._all.index.shape[1])

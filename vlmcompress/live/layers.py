@@ -48,9 +48,10 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
     if run is None:
         return own_forward(self, hidden_states, *args, **kwargs)
 
-    def forward(hidden: Tensor, halved: bool = False, **arguments: Any) -> Any:
-        if halved and self.training and getattr(self, "gradient_checkpointing", False):
-            # Backward would repeat the whole layer and not its halves: these are not checkpointed.
+    def forward(hidden: Tensor, whole: bool = True, **arguments: Any) -> Any:
+        if not whole and self.training and getattr(self, "gradient_checkpointing", False):
+            # Backward would repeat the layer as the model has it, and neither its halves nor what
+            # is edited in it: these are not checkpointed.
             return inspect.unwrap(type(self).forward)(self, hidden, *args, **arguments)
         return own_forward(self, hidden, *args, **arguments)
 
@@ -59,23 +60,23 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
 
 def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run = _run_of(self)
-    if run is None or run.half is None:
+    if run is None or run.halves.which is None:
         return own_forward(self, *args, **kwargs)
-    return run.attention_half(partial(own_forward, self), args, kwargs)
+    return run.halves.attention(partial(own_forward, self), args, kwargs)
 
 
 def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run = _run_of(self)
-    if run is not None and run.half == "attention":
-        return run.nothing(args[0])
+    if run is not None and run.halves.which == "attention":
+        return run.halves.nothing(args[0])
     return own_forward(self, *args, **kwargs)
 
 
 def _before_norm(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     run = _run_of(module)
-    if run is None or run.half != "attention":
+    if run is None or run.halves.which != "attention":
         return None
-    return (run.hold(args[0]), *args[1:])
+    return (run.halves.hold(args[0]), *args[1:])
 
 
 def _before_projection(name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -25,12 +25,13 @@ class Look:
     def __init__(self, decoder: Decoder, columns: Columns) -> None:
         self._decoder, self._columns = decoder, columns
         self._asked: Tensor | None = None
+        self._writing = False
         self.seen: DecoderAttention | None = None
 
     @property
     def ahead(self) -> bool:
-        """Whether queries and keys are computed for a look alone."""
-        return self._asked is not None
+        """Whether only a part of an attention runs: for a look alone, or for its cache."""
+        return self._asked is not None or self._writing
 
     @torch.no_grad()
     def look_ahead(
@@ -61,14 +62,34 @@ class Look:
         finally:
             self._asked = None
 
+    @torch.no_grad()
+    def write(self, layer: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Let a layer's attention put keys and values of rows into its cache, and no more.
+
+        Args:
+            layer: the layer.
+            hidden: [B, R, d] rows that would come into it.
+            arguments: what it would be told.
+        """
+        normed = layer.get_submodule(self._decoder.first_norm)(hidden)
+        self._writing = True
+        try:
+            layer.get_submodule(self._decoder.attention)(hidden_states=normed, **arguments)
+        finally:
+            self._writing = False
+
     def lean_input(self, projection: str, hidden: Tensor) -> Tensor:
-        """Rows that a projection need see for the look alone."""
+        """Rows that a projection need see for the look alone, or for the cache."""
+        if self._writing and projection == "v_proj":
+            return hidden
         if projection != "q_proj" or self._asked is None:
             return hidden[:, :1]
         return take_rows(hidden, self._asked)
 
     def lean_output(self, projection: str, output: Tensor, length: int) -> Tensor:
         """The same as [B, length, ...], with nothing in the other rows."""
+        if self._writing and projection == "q_proj":
+            return output.expand(-1, length, -1)
         if projection == "o_proj" or self._asked is None:
             return output
         if projection == "v_proj":
@@ -80,19 +101,28 @@ class Look:
         self, layer: int, rows: Rows, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
     ) -> Any:
         """Look at what a kernel would have got, and answer in its place."""
+        b, heads, length, _ = q.shape
+        nothing = v.new_zeros(1, 1, 1, 1).expand(b, length, heads, v.shape[-1]), None
+        if self._writing:
+            return nothing
         held = self._columns.past(layer).seen.shape[1]
         if held:
             k = torch.cat([self._columns.cache.layers[layer].keys[:, :, :held], k], 2)
         self.along(layer, rows, q, k, mask, scale)
-        b, heads, length, _ = q.shape
-        return v.new_zeros(1, 1, 1, 1).expand(b, length, heads, v.shape[-1]), None
+        return nothing
 
     def along(self, layer: int, rows: Rows, q: Tensor, k: Tensor, mask: Any, scale: float) -> None:
         """Look at what a kernel gets."""
+        self.seen = self.at(layer, rows, q.detach(), k.detach(), mask, scale)
+
+    def at(
+        self, layer: int, rows: Rows, q: Tensor, k: Tensor, mask: Any, scale: float
+    ) -> DecoderAttention:
+        """What a kernel gets, for softmax rows of its queries."""
         past, squares = self._columns.past(layer), isinstance(mask, Tensor) and mask.ndim == 4
-        self.seen = DecoderAttention(
-            q=q.detach(),
-            k=k.detach(),
+        return DecoderAttention(
+            q=q,
+            k=k,
             scale=scale,
             seen=torch.cat([past.seen, rows.valid], 1),
             past=past.seen.shape[1],

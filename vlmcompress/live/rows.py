@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vlmcompress.core.placement import kept_columns
 from vlmcompress.methods.decoder.base import Positions, Reduction
+from vlmcompress.methods.decoder.editing import Marks
+from vlmcompress.methods.pipeline import LayerStage
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,21 @@ class Rows:
         columns = torch.arange(self.visual.shape[1], device=self.visual.device)
         last = torch.where(self.visual, columns, -1).amax(1, keepdim=True)
         return self.valid & self.given & ~self.visual & (columns > last)
+
+    @property
+    def last(self) -> Tensor:
+        """[B, 1] the last row of each sample's prompt."""
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return torch.where(self.valid & self.given, columns, 0).amax(1, keepdim=True)
+
+    def spread(self, hidden: Tensor, length: int) -> Tensor:
+        """These rows ([B, R, d]) at their columns of a call of that length, zeros elsewhere."""
+        if self.whole:
+            return hidden
+        there = (self.valid & ~self.fresh).to(hidden.device)
+        target = torch.where(there, self.index.to(hidden.device), length)
+        out = hidden.new_zeros(len(hidden), length + 1, hidden.shape[-1])
+        return out.scatter(1, target[..., None].expand_as(hidden), hidden)[:, :-1]
 
     def taken(self, chosen: Tensor, valid: Tensor, full: bool) -> Rows:
         """Rows `chosen` ([B, R']) of these, some of which are padding."""
@@ -212,6 +229,12 @@ class Held:
     gone: Tensor | None = None
     whole: bool = True
 
+    def reordered(self, samples: Tensor) -> Held:
+        """With the samples in another order ([B])."""
+        samples = samples.to(self.seen.device)
+        gone = None if self.gone is None else self.gone[samples]
+        return dataclasses.replace(self, seen=self.seen[samples], gone=gone)
+
     def shrunk(self, by: int) -> Held:
         """Without the last `by` keys."""
         return dataclasses.replace(self, seen=self.seen[:, : self.seen.shape[1] - by])
@@ -239,16 +262,39 @@ class LayerRecord:
         length: columns of the conversation when it was written.
         settled: columns up to the last visual one; less cannot be held.
         soft: whether it was filled under soft masks, which a later call would not know.
+        standing: methods that later calls over it go on with.
+        marks: what an editor knows of each layer's keys; empty without one.
+        exits: layers that each forward into it has run, where rows may leave early.
     """
 
     layers: tuple[Held, ...]
     length: int
     settled: int
     soft: bool = False
+    standing: tuple[LayerStage, ...] = ()
+    marks: tuple[Marks | None, ...] = ()
+    exits: list[int] = field(default_factory=list)
+
+    def reordered(self, samples: Tensor) -> LayerRecord:
+        """With the samples in another order ([B]), as beams come."""
+        held = {id(layer): layer.reordered(samples) for layer in self.layers}
+        return dataclasses.replace(
+            self,
+            layers=tuple(held[id(layer)] for layer in self.layers),
+            marks=tuple(m if m is None else m.reordered(samples) for m in self.marks),
+        )
 
     def columns(self, held: int) -> int:
         """Columns of the conversation when layer 0 holds `held` keys."""
         return self.length + held - self.layers[0].seen.shape[1]
+
+
+def with_merged(hidden: Tensor, by: Reduction) -> Tensor:
+    """Rows ([B, R, d]) with their new values, merged ones behind them."""
+    hidden = hidden if by.hidden is None else by.hidden
+    if by.merged is None:
+        return hidden
+    return torch.cat([hidden, by.merged.to(hidden.dtype)], 1)
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:

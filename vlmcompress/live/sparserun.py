@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.families.towers import Tower
+from vlmcompress.live.exitrun import ExitRun
 from vlmcompress.live.towerrun import TowerRun
 from vlmcompress.methods.pipeline import TowerStage
 from vlmcompress.methods.tower.base import TowerAttention
+from vlmcompress.methods.tower.exiting import TowerExit
 from vlmcompress.methods.tower.sparsity import AttentionSparsifier
-
-#: Name of the projection behind the attention, in towers whose attention can be made here.
-OUTPUT = "out_proj"
 
 
 class SparseRun(TowerRun):
@@ -66,12 +65,12 @@ class SparseRun(TowerRun):
         attention = TowerAttention(qk.q, qk.k, qk.scale, values)
         k = self._keys[self._layer]
         mixed = self._method.attend(self._layer, attention, k, self._cls_rows, self._parts)
-        return module.get_submodule(OUTPUT)(mixed.transpose(1, 2).flatten(2)), None
+        return module.get_submodule(tower.output)(mixed.transpose(1, 2).flatten(2)), None
 
 
 def makes_attention(tower: Tower, attention: nn.Module) -> bool:
     """Whether a tower's attention is projections that can be called one by one."""
-    names = (*tower.projections, tower.values, OUTPUT)
+    names = (*tower.projections, tower.values, tower.output)
     return tower.registers == 0 and all(
         isinstance(getattr(attention, name, None), nn.Module) for name in names
     )
@@ -79,5 +78,6 @@ def makes_attention(tower: Tower, attention: nn.Module) -> bool:
 
 def run_of(stage: TowerStage, tower: Tower, depth: int, last: int, **more: Any) -> TowerRun:
     """The pass of a stage; `more` as for `TowerRun`."""
-    kind = SparseRun if isinstance(stage.method, AttentionSparsifier) else TowerRun
+    kinds = ((AttentionSparsifier, SparseRun), (TowerExit, ExitRun))
+    kind = next((run for method, run in kinds if isinstance(stage.method, method)), TowerRun)
     return kind(stage, tower, depth, last, **more)

@@ -93,6 +93,11 @@ class TowerRun:
         """Keys that a query looks at in each layer; empty where it looks at all."""
         return ()
 
+    @property
+    def ran(self) -> int | None:
+        """Blocks that were run; None where all are."""
+        return None
+
     def reads(self, layer: int) -> bool:
         """Whether the method looks at the attention of `layer`."""
         return bool(self._method.reads) and self._acts(layer)

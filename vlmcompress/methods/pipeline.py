@@ -17,7 +17,7 @@ from vlmcompress.methods.base import (
     Needs,
     TokenCompressor,
 )
-from vlmcompress.methods.decoder.base import LayerReducer
+from vlmcompress.methods.decoder.base import LayerMethod
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.outliers import Outliers
 from vlmcompress.methods.parts import Partition
@@ -80,15 +80,15 @@ class LayerStage:
 
     Attributes:
         method: ready to run.
-        keep: share or count of visual tokens that leave its last site; None for a budget of its
-            own.
+        keep: share or count of visual tokens that leave its last site, or that its layers work
+            on; None for a budget of its own.
         template: the method as configured, before the configuration's seed was filled in.
         parts: what the method has learnt for this model; None where it learns nothing.
     """
 
-    method: LayerReducer
+    method: LayerMethod
     keep: float | int | None
-    template: LayerReducer
+    template: LayerMethod
     parts: Learned | None = None
 
 
@@ -195,7 +195,7 @@ def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pi
     if isinstance(methods[0], TowerReducer):
         tower = _tower_stage(stages[0], methods[0])
         stages, methods = stages[1:], methods[1:]
-    cut = next((i for i, m in enumerate(methods) if isinstance(m, LayerReducer)), len(methods))
+    cut = next((i for i, m in enumerate(methods) if isinstance(m, LayerMethod)), len(methods))
     rest = list(zip(stages, methods, strict=True))
     connector = tuple(_stage(c, method, seed) for c, method in rest[:cut])
     decoder = tuple(_layer_stage(c, method, seed) for c, method in rest[cut:])
@@ -203,7 +203,7 @@ def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pi
 
 
 def _layer_stage(config: StageConfig, method: Method, seed: int) -> LayerStage:
-    if not isinstance(method, LayerReducer):
+    if not isinstance(method, LayerMethod):
         raise ConfigError(
             f"Method {config.method!r} acts in the {method.stage}, before the language model, and "
             "stands behind one that acts inside it; name stages in the order of the path."
@@ -304,7 +304,7 @@ def _changed_options(method: Method) -> dict[str, Any]:
 def _create(stage: StageConfig) -> Method:
     options, kind = dict(stage.options), registry.get(stage.method)
     if stage.site is not None:
-        if not issubclass(kind, LayerReducer) or "layers" in options:
+        if not _has_layers(kind) or "layers" in options:
             raise ConfigError(
                 f"Stage {stage.to_spec()!r} names a layer, but {stage.method!r} has none, or has "
                 "its layers among its options already."
@@ -314,6 +314,11 @@ def _create(stage: StageConfig) -> Method:
         for name in (*_PARTITION, *_OUTLIERS):
             options.pop(name, None)
     return registry.create(stage.method, **options)
+
+
+def _has_layers(kind: type[Method]) -> bool:
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return issubclass(kind, LayerMethod) and any(field.name == "layers" for field in fields)
 
 
 def _with_keep(pairs: Sequence[Pair], keep: Any) -> tuple[StageConfig, ...]:
@@ -351,7 +356,7 @@ def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
 
 
 def _own_budget(method: Method) -> bool:
-    return isinstance(method, TowerReducer | LayerReducer) and method.own_budget
+    return isinstance(method, TowerReducer | LayerMethod) and method.own_budget
 
 
 def _seeded(method: Any, seed: int) -> Any:

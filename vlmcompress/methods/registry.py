@@ -49,6 +49,7 @@ BUILTIN: dict[str, str] = {
     "t2t": "vlmcompress.methods.tower.t2t:T2T",
     "sit": "vlmcompress.methods.tower.sit:SiT",
     "sparsifiner": "vlmcompress.methods.tower.sparsifiner:Sparsifiner",
+    "early_exit_tower": "vlmcompress.methods.tower.early_exit:EarlyExitTower",
     "fastv": "vlmcompress.methods.decoder.fastv:FastV",
     "pyramiddrop": "vlmcompress.methods.decoder.pyramiddrop:PyramidDrop",
     "random_layer": "vlmcompress.methods.decoder.random_layer:RandomLayer",
@@ -60,6 +61,9 @@ BUILTIN: dict[str, str] = {
     "holitom_llm": "vlmcompress.methods.decoder.holitom_llm:HoliTomLLM",
     "prunevid_llm": "vlmcompress.methods.decoder.prunevid_llm:PruneVidLLM",
     "atp": "vlmcompress.methods.decoder.atp:ATP",
+    "var": "vlmcompress.methods.decoder.var:VAR",
+    "mod": "vlmcompress.methods.decoder.mod:MoD",
+    "early_exit": "vlmcompress.methods.decoder.early_exit:EarlyExit",
 }
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import Layer, Method, TokenCompressor
-from vlmcompress.methods.decoder.base import LayerReducer
+from vlmcompress.methods.decoder.base import LayerMethod, LayerReducer
+from vlmcompress.methods.decoder.editing import AttentionEditor
 from vlmcompress.methods.tower.base import TowerReducer
 
 #: Keys of a row and what stands above them.
@@ -106,6 +107,8 @@ def _row(name: str) -> dict[str, Any]:
 
 def _text_aware(method: Method) -> bool:
     """Whether the question decides: by its words, or by rows of the LLM that have read it."""
+    if isinstance(method, AttentionEditor):
+        return True
     if isinstance(method, LayerReducer):
         return method.reads in ("previous", "own", "next")
     return method.needs().text
@@ -134,7 +137,7 @@ def _looks_at(method: Method) -> str:
         "text" if needs.text else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
         _in_blocks(method) if isinstance(method, TowerReducer) else "",
-        *(_in_layers(method) if isinstance(method, LayerReducer) else ()),
+        *(_in_layers(method) if isinstance(method, LayerMethod) else ()),
     ]
     return "; ".join(filter(None, parts)) or "places only"
 
@@ -144,7 +147,9 @@ def _in_blocks(method: TowerReducer) -> str:
     return f"{what} of the blocks that reduce"
 
 
-def _in_layers(method: LayerReducer) -> tuple[str, str]:
+def _in_layers(method: LayerMethod) -> tuple[str, str]:
+    if not isinstance(method, LayerReducer):
+        return method.looks_at, ""
     return _INSIDE[method.reads], "embeddings" if method.reads_embedded else ""
 
 

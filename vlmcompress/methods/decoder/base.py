@@ -69,6 +69,7 @@ class DecoderAttention:
             row may see later rows; None where it sees those before it.
         bias: [B, past + L] added to the logits of every key: the log of soft masks in training;
             None for none.
+        softcap: bound that logits are pressed under; None for none.
     """
 
     q: Tensor
@@ -78,6 +79,7 @@ class DecoderAttention:
     past: int = 0
     mask: Tensor | None = None
     bias: Tensor | None = None
+    softcap: float | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
         """Scaled logits of some queries: [B, heads, r, C] float32, nothing hidden.
@@ -99,15 +101,20 @@ class DecoderAttention:
         Args:
             rows: [B, r].
         """
+        return self.over_all(rows)[..., self.past : self.past + self.q.shape[2]]
+
+    def over_all(self, rows: Tensor) -> Tensor:
+        """The same over every key, those of earlier turns too: [B, heads, r, C] float32."""
         logits = self.logits(rows)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         hidden = ~self._may_see(rows, logits.shape[-1])
         if self.mask is not None and self.mask.dtype != torch.bool:
             logits = logits + _rows(self.mask, rows).float()
         if self.bias is not None:
             beyond = logits.shape[-1] - self.bias.shape[1]
             logits = logits + torch.nn.functional.pad(self.bias, (0, beyond))[:, None, None]
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
-        return weights[..., self.past : self.past + self.q.shape[2]]
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
 
     def _may_see(self, rows: Tensor, keys: int) -> Tensor:
         """[B, 1, r, keys] bool."""
@@ -224,7 +231,39 @@ class Reduction:
     soft: Tensor | None = None
 
 
-class LayerReducer(Method):
+class LayerMethod(Method):
+    """Inside the LLM: what all kinds of methods there share.
+
+    Class attributes:
+        looks_at: what decides, in a few words, for the table of methods.
+    """
+
+    stage: ClassVar[Stage] = "decoder"
+    looks_at: ClassVar[str] = ""
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether the method's options say how many tokens stay, so that `keep` must not."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parts that are trained."""
+        return False
+
+    def parts(self, shape: DecoderShape) -> Learned | None:
+        """What the method learns, from its file or untrained; None where it learns nothing.
+
+        They come in evaluation mode. A method with soft masks makes them when its parts are put
+        into training mode.
+
+        Raises:
+            CheckpointError, ConfigError: for a file that cannot be used.
+        """
+        return None
+
+
+class LayerReducer(LayerMethod):
     """Inside the LLM: drops or merges visual tokens at some layers.
 
     A budget is for all visual tokens of a sample together, however many images they come from.
@@ -241,17 +280,11 @@ class LayerReducer(Method):
             without a cache agree.
     """
 
-    stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Reads] = "nothing"
     renumbers: ClassVar[Positions] = "original"
     reads_embedded: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     repeatable: ClassVar[bool] = False
-
-    @property
-    def own_budget(self) -> bool:
-        """Whether the method's options say how many tokens stay, so that `keep` must not."""
-        return False
 
     @property
     def rotated(self) -> bool:
@@ -281,22 +314,6 @@ class LayerReducer(Method):
     @abstractmethod
     def reduce(self, site: int, state: DecoderState, k: Tensor) -> Reduction:
         """The reduction at the site of number `site`; `k` ([B] int64) is what `counts` allows."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether it has parts that are trained."""
-        return False
-
-    def parts(self, shape: DecoderShape) -> Learned | None:
-        """What the method learns, from its file or untrained; None where it learns nothing.
-
-        They come in evaluation mode. A method with soft masks makes them when its parts are put
-        into training mode.
-
-        Raises:
-            CheckpointError, ConfigError: for a file that cannot be used.
-        """
-        return None
 
     def final(self, n: int, keep: float | int | None) -> int:
         """Tokens left at the end by `keep`.
