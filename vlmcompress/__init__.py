@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     )
     from vlmcompress.core.keep import AutoKeep
     from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
-    from vlmcompress.live.handle import Handle, handle_of
-    from vlmcompress.live.patch import patch
+    from vlmcompress.live.handle import Handle
+    from vlmcompress.live.patch import handle_of, patch
 
 __version__ = "0.1.0"
 
@@ -52,8 +52,8 @@ _PLACES = {
     ),
     "core.keep": ("AutoKeep",),
     "core.tokens": ("Evidence", "Segment", "VisualTokens"),
-    "live.handle": ("Handle", "handle_of"),
-    "live.patch": ("patch",),
+    "live.handle": ("Handle",),
+    "live.patch": ("handle_of", "patch"),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -164,6 +164,7 @@ def _dinov2(model: Any) -> BareFamily:
         has_cls=True,
         norm="norm2",
         first_norm="norm1",
+        output="o_proj",
         registers=getattr(model.config, "num_register_tokens", 0),
     )
     path = "" if alone else model.base_model_prefix
@@ -179,6 +180,7 @@ def _vit(model: Any) -> BareFamily:
         has_cls=True,
         norm="layernorm_after",
         first_norm="layernorm_before",
+        output="o_proj",
     )
     return _of(model, "" if name == "ViTModel" else "vit", model.config, tower)
 

@@ -54,6 +54,7 @@ class Tower:
         first_norm: name of the norm before the attention.
         mlp: name of the MLP.
         values: name of the projection to values.
+        output: name of the projection behind the attention, where that can be made outside of it.
         registers: rows between [CLS] and the patches that are no patches; they are never reduced.
         batch_first: whether a block's rows are [b, n, d], and not [n, b, d].
     """
@@ -65,6 +66,7 @@ class Tower:
     first_norm: str = "layer_norm1"
     mlp: str = "mlp"
     values: str = "v_proj"
+    output: str = "out_proj"
     registers: int = 0
     batch_first: bool = True
 

@@ -20,7 +20,6 @@ from vlmcompress.core.errors import (
     EvidenceError,
     UnsupportedModelError,
 )
-from vlmcompress.core.report import Report
 from vlmcompress.families.bare import BareFamily
 from vlmcompress.families.towers import Tower
 from vlmcompress.live.barepass import before_mean, before_pool, begin, end, outside
@@ -34,7 +33,6 @@ from vlmcompress.live.tower import is_skippable, make_skippable, undo_skippable
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.inside import inside_tower, names_inside
 from vlmcompress.methods.pipeline import Pipeline, TowerStage
-from vlmcompress.methods.tower.base import TowerReducer
 
 DEFAULT_METHOD = "tome_tower"
 
@@ -46,9 +44,11 @@ def patch_bare(
 
     Raises:
         AlreadyPatchedError: when a model that it is part of is patched.
-        ConfigError: for methods that act elsewhere.
+        ConfigError: for methods that act behind the tower, and budgets that cannot be met.
         EvidenceError: for methods that follow a [CLS] token which it does not have.
-        UnsupportedModelError: when its attention cannot weigh keys and the method wants that.
+        UnsupportedModelError: when its attention cannot weigh keys, or be made anew, and the
+            method wants that.
+        CheckpointError: for a file of trained parts that cannot be used.
     """
     host, layers = _host(model, family), _layers(model, family)
     if state_of(host) is not None or any(map(is_skippable, layers)):
@@ -77,52 +77,16 @@ class BareHandle(Handle):
         assert isinstance(family, BareFamily)  # by `patch_bare`
         return family
 
-    @property
-    def report(self) -> Report:
-        """Counts, costs and choices so far; `print` it."""
-        state = self._state
-        return Report(
-            model=type(self._model).__name__,
-            method=self.config.to_spec(),
-            chosen="chosen by default" if state.settings.chosen_by_default else "as asked",
-            positions=None,
-            calls_with_images=state.calls["with"],
-            calls_without_images=state.calls["without"],
-            last=state.local.last,
-        )
+    def _positions(self) -> None:
+        """None: there is no language model."""
 
-    def set(
-        self,
-        *,
-        method: Any = None,
-        keep: float | int | str | None = None,
-        positions: str | None = None,
-        seed: int | None = None,
-    ) -> BareHandle:
-        """Change what is applied from the next call on; what is not given stays.
-
-        Args:
-            method: as for `patch`.
-            keep: as for `patch`; a new method without keep takes over the old one's.
-            positions: there are none; anything but None raises.
-            seed: as for `patch`.
-
-        Raises:
-            ConfigError: for positions, and as `patch` does.
-        """
-        refuse_language(self._model, positions=positions)
-        state = self._state
-        new = pipeline.rebuild(
-            state.settings.pipeline,
-            method=inside_tower(method),
-            keep=keep,
-            positions=None,
-            seed=seed,
-        )
+    def _rebuilt(self, **changes: Any) -> Pipeline:
+        refuse_language(self._model, positions=changes["positions"])
+        changes |= {"method": inside_tower(changes["method"]), "positions": None}
+        now = self._state.settings.pipeline
+        new = pipeline.rebuild(now, **changes)
         _check(self._model, self._family, new)
-        new = learning(new, _place(self._model, self._family), state.settings.pipeline)
-        state.settings = Settings(new, state.settings.chosen_by_default and method is None)
-        return self
+        return learning(new, _place(self._model, self._family), now)
 
     def encode(self, **call: Any) -> Any:
         """There is no language model to ask questions of.
@@ -176,16 +140,11 @@ def _place(model: nn.Module, family: BareFamily) -> TowerPlace:
 def _check(model: nn.Module, family: BareFamily, built: Pipeline) -> None:
     """Refuse at patch time what could only fail at the first image."""
     stage, tower, name = built.tower, _tower(family), type(model).__name__
-    if stage is None or built.stages:
-        found = ", ".join(repr(stage.method.name) for stage in built.stages)
+    behind = [method.name for method in built.templates if method.stage != "tower"]
+    if stage is None or behind:
         raise ConfigError(
-            f"{found} act(s) between a tower and a language model, and {name} has none; methods "
-            f"inside the tower are {', '.join(names_inside(cls=tower.has_cls))}."
-        )
-    if not isinstance(stage.method, TowerReducer) or not stage.method.training_free:
-        raise ConfigError(
-            f"{stage.method.name} has parts that are trained with a language model behind the "
-            f"tower, or makes its attention, and {name} is a tower alone; use "
+            f"{', '.join(map(repr, behind))} act(s) behind the tower, and {name} has no language "
+            "model there; methods inside the tower that need no training are "
             f"{', '.join(names_inside(cls=tower.has_cls))}."
         )
     if stage.method.needs_cls and not tower.has_cls:

@@ -10,19 +10,18 @@ from torch import Tensor
 
 from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompressError
 from vlmcompress.core.report import CallRecord, Report
-from vlmcompress.families.bare import BareFamily
 from vlmcompress.live import calls, decoder, positions
 from vlmcompress.live.encode import CompressedEncoding, has_pixels
 from vlmcompress.live.inside import with_parts
-from vlmcompress.live.install import check_evidence, follow_stages, outer_model, uninstall
+from vlmcompress.live.install import check_evidence, follow_stages, uninstall
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedModel
 
 
 class Handle:
@@ -50,18 +49,20 @@ class Handle:
     def report(self) -> Report:
         """Counts, costs and choices so far; `print` it."""
         state = self._state
-        config = state.settings.pipeline.config
+        by_default = state.settings.chosen_by_default
         return Report(
             model=type(self._model).__name__,
-            method=config.to_spec(),
-            chosen="chosen by default for this tower"
-            if state.settings.chosen_by_default
-            else "as asked",
-            positions=positions.resolve(config.positions, state.family),
+            method=self.config.to_spec(),
+            chosen="chosen by default for this tower" if by_default else "as asked",
+            positions=self._positions(),
             calls_with_images=state.calls["with"],
             calls_without_images=state.calls["without"],
             last=state.local.last,
         )
+
+    def _positions(self) -> str | None:
+        """How position ids run in the language model; None without one."""
+        return positions.resolve(self.config.positions, self._state.family)
 
     @property
     def config(self) -> Any:
@@ -153,22 +154,29 @@ class Handle:
             method: as for `patch`.
             keep: as for `patch`; a new method without keep takes over the old one's if there is one
                 stage.
-            positions: as for `patch`.
+            positions: as for `patch`; without a language model there are none to change.
             seed: as for `patch`.
 
         Returns:
             The handle itself.
+
+        Raises:
+            ConfigError: as `patch` does; nothing is changed then.
         """
         state = self._state
-        new = pipeline.rebuild(
-            state.settings.pipeline, method=method, keep=keep, positions=positions, seed=seed
-        )
-        check_evidence(state.family, self._model.base_model, new, state.clip)
-        decoder.check(self._model, state.family, new)
-        new = with_parts(state.family, self._model.base_model, new, state.settings.pipeline)
-        follow_stages(self._model, state, new)
+        new = self._rebuilt(method=method, keep=keep, positions=positions, seed=seed)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self
+
+    def _rebuilt(self, **changes: Any) -> Pipeline:
+        """The pipeline with some things changed (as `set` names them), ready to run."""
+        state, base = self._state, self._model.base_model
+        new = pipeline.rebuild(state.settings.pipeline, **changes)
+        check_evidence(state.family, base, new, state.clip)
+        decoder.check(self._model, state.family, new)
+        new = with_parts(state.family, base, new, state.settings.pipeline)
+        follow_stages(self._model, state, new)
+        return new
 
     @contextmanager
     def disabled(self) -> Iterator[Handle]:
@@ -215,22 +223,3 @@ class Handle:
         if state_of(self._model) is None:
             return "Handle(removed)"
         return f"Handle({type(self._model).__name__}, {self.config.to_spec()!r})"
-
-
-def handle_of(model: PreTrainedModel | Any) -> Handle:
-    """The handle of a patched model (a deep copy of a patched model is patched too).
-
-    Raises:
-        VLMCompressError: when the model is not patched.
-    """
-    model = outer_model(model)
-    state = state_of(model)
-    if state is None:
-        raise VLMCompressError(
-            f"This {type(model).__name__} is not patched; call patch(model, keep=...)."
-        )
-    if isinstance(state.family, BareFamily):
-        from vlmcompress.live.bare import BareHandle
-
-        return BareHandle(model)
-    return Handle(model)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlmcompress.core.errors import AlreadyPatchedError
+from vlmcompress.core.errors import AlreadyPatchedError, VLMCompressError
 from vlmcompress.families import Family, family_of
-from vlmcompress.families.bare import bare_family_of
+from vlmcompress.families.bare import BareFamily, bare_family_of
 from vlmcompress.live import decoder
-from vlmcompress.live.bare import patch_bare, refuse_language
+from vlmcompress.live.bare import BareHandle, patch_bare, refuse_language
 from vlmcompress.live.clip import source_of
 from vlmcompress.live.handle import Handle
 from vlmcompress.live.inside import with_parts
@@ -102,6 +102,21 @@ def patch(
     state = State(family, settings, processor, restore_length, clip=source, question=question)
     install(model, state)
     return Handle(model)
+
+
+def handle_of(model: PreTrainedModel | Any) -> Handle:
+    """The handle of a patched model (a deep copy of a patched model is patched too).
+
+    Raises:
+        VLMCompressError: when the model is not patched.
+    """
+    model = outer_model(model)
+    state = state_of(model)
+    if state is None:
+        raise VLMCompressError(
+            f"This {type(model).__name__} is not patched; call patch(model, keep=...)."
+        )
+    return BareHandle(model) if isinstance(state.family, BareFamily) else Handle(model)
 
 
 def default_method(family: Family, base: nn.Module) -> str:

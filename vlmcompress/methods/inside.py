@@ -33,7 +33,7 @@ def inside_tower(method: Any) -> Any:
 
 
 def names_inside(*, cls: bool) -> list[str]:
-    """Methods that can act in a tower without a language model.
+    """Methods that act inside a tower as they are, without training.
 
     Args:
         cls: whether it has a [CLS] token.
