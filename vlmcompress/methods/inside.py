@@ -33,7 +33,7 @@ def inside_tower(method: Any) -> Any:
 
 
 def names_inside(*, cls: bool) -> list[str]:
-    """Methods that act inside a tower as they are, without training.
+    """Methods that shorten a tower by a `keep`, as they are, without training.
 
     Args:
         cls: whether it has a [CLS] token.
@@ -42,7 +42,10 @@ def names_inside(*, cls: bool) -> list[str]:
     return [
         name
         for name, kind in found.items()
-        if issubclass(kind, TowerReducer) and kind.training_free and (cls or not kind.needs_cls)
+        if issubclass(kind, TowerReducer)
+        and kind.training_free
+        and not registry.create(name).own_budget
+        and (cls or not kind.needs_cls)
     ]
 
 
