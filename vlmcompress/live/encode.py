@@ -137,8 +137,8 @@ class Encoder:
         """
         if any(call.get(name) is not None for name in VIDEO_ARGUMENTS):
             raise UnsupportedInputError(
-                "The call carries a video; only images can be compressed so far. Run video "
-                "prompts inside `with handle.disabled():`."
+                "The call carries a video, and only images can be compressed; run prompts with "
+                "videos inside `with handle.disabled():`."
             )
         arguments = encoder_arguments(self._base, call)
         session, wanted = self._session(arguments)

@@ -243,8 +243,8 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
         )
     if not isinstance(method, TokenCompressor):
         raise ConfigError(
-            f"Method {config.method!r} acts in the {method.stage}; only methods inside the tower, "
-            "between tower and LLM and inside the LLM can run so far."
+            f"Method {config.method!r} acts in the {method.stage}; use one that acts inside the "
+            "tower, between tower and LLM or inside the LLM."
         )
     partition = dataclasses.replace(method.partition, **_chosen(config, _PARTITION))
     outliers = Outliers(**_chosen(config, _OUTLIERS))
