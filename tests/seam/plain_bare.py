@@ -7,13 +7,14 @@ the patches that became part of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.seam import plain_learned
 from tests.seam.bare_models import embed
 from tests.seam.plain_tower import Rows, Rule
 
@@ -115,7 +116,7 @@ def run(
         plan: patches left after each layer.
         heads: of the attention.
         weighed: whether log(members) is added to the logits of keys.
-        place: of the reduction: `before` a block or `between` its halves.
+        place: of the reduction: `before` a block, `between` its halves or `after` it.
     """
     cls, registers = prefix(model)
     finished = []
@@ -136,6 +137,8 @@ def run(
             both = torch.cat([rows.x, fixed])
             both = both + p.scales[1](p.mlp(p.second(both)))
             rows, fixed = replace(rows, x=both[: len(rows.x)]), both[len(rows.x) :]
+            if act and place == "after":
+                rows = rule(layer, rows, left)
         order = sorted(range(cls, len(rows.x)), key=lambda i: rows.source[i])
         often = [i for i in order for _ in rows.members[i]]
         sequence = torch.cat([rows.x[:cls], fixed, rows.x[often]])
@@ -143,6 +146,32 @@ def run(
         done = Rows(rows.x[order], members, source)
         finished.append((_head(model, image, sequence), done))
     return finished
+
+
+def sparse(
+    model: Any, images: Tensor, weights: Mapping[str, Tensor], keys: int, *, heads: int
+) -> Tensor:
+    """Embeddings of images by a tower whose queries look at `keys` keys.
+
+    Args:
+        model: unpatched, without registers.
+        images: [b, 3, h, w].
+        weights: state dict of Sparsifiner's predictors.
+        keys: of every query but that of [CLS].
+        heads: of the attention.
+    """
+    cls, _ = prefix(model)
+    made = []
+    for image in images.split(1):
+        x = _first(model, image)
+        for layer, block in enumerate(blocks(model)):
+            p = parts(block)
+            q, k, v = (part[None] for part in p.qkv(p.first(x), heads))
+            mixed = plain_learned.connected(q, k, v, weights, layer, keys, cls)[0]
+            x = x + p.scales[0](p.out(mixed))
+            x = x + p.scales[1](p.mlp(p.second(x)))
+        made.append(_head(model, image, x))
+    return torch.stack(made)
 
 
 def _first(model: Any, image: Tensor) -> Tensor:

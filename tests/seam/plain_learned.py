@@ -13,6 +13,14 @@ from tests.seam.plain_tower import Rows, Rule
 from vlmcompress.families import family_of
 
 
+def shake(parts: Any, seed: int = 0) -> None:
+    """Other numbers than untrained ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parts.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
 def t2t(cls: int, side: int, stride: tuple[int, int], overlap: int) -> Rule:
     """Means of windows; a patch is counted for the window whose stride it lies in."""
 
@@ -41,11 +49,7 @@ def sit(cls: int, weights: Mapping[str, Tensor]) -> Rule:
     """Slots of `weights` (a state dict) take means; slot i stands at an evenly spaced patch."""
 
     def rule(layer: int, rows: Rows, left: int) -> Rows:
-        own = {
-            name.removeprefix(f"slots.{layer}."): value
-            for name, value in weights.items()
-            if name.startswith(f"slots.{layer}.")
-        }
+        own = _of_layer(weights, "slots", layer)
         patches = rows.x[cls:]
         normed = torch.nn.functional.layer_norm(
             patches, patches.shape[1:], own["norm.weight"], own["norm.bias"]
@@ -82,31 +86,38 @@ def sparse(model: Any, pixels: Tensor, weights: Mapping[str, Tensor], k: int, la
     cls = int(tower.has_cls)
     x = module(pixels, output_hidden_states=True).hidden_states[0]
     for layer, block in enumerate(tower.layers(module)[: last + 1]):
-        own = {
-            name.removeprefix(f"layers.{layer}."): value
-            for name, value in weights.items()
-            if name.startswith(f"layers.{layer}.")
-        }
         attention = block.self_attn
         normed = block.layer_norm1(x)
         heads = (*normed.shape[:2], attention.num_heads, -1)
         q, k_, v = (
             getattr(attention, name)(normed).view(heads) for name in ("q_proj", "k_proj", "v_proj")
         )
-        narrow_q = q @ own["query.weight"].T + own["query.bias"]
-        narrow_k = k_ @ own["key.weight"].T + own["key.bias"]
-        down = torch.einsum("rn,bnhd->brhd", own["down"], narrow_k)
-        met = torch.einsum("bnhd,brhd->bhnr", narrow_q, down) / math.sqrt(q.shape[-1])
-        estimates = met.softmax(-1) @ own["up"].abs()
-        logits = torch.einsum("bnhd,bmhd->bhnm", q, k_) / math.sqrt(q.shape[-1])
-        order = estimates.argsort(dim=-1, descending=True, stable=True)
-        rank = order.argsort(-1)
-        hidden = rank >= k
-        hidden[:, :, :cls] = False
-        shares = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        mixed = torch.einsum("bhnm,bmhd->bnhd", shares, v).flatten(2)
-        x = x + attention.out_proj(mixed)
+        x = x + attention.out_proj(connected(q, k_, v, weights, layer, k, cls))
         x = x + block.mlp(block.layer_norm2(x))
     if model.config.model_type == "paligemma":  # reads behind the tower's last norm
         x = module.post_layernorm(x)
     return x[:, cls:]
+
+
+def connected(
+    q: Tensor, k: Tensor, v: Tensor, weights: Mapping[str, Tensor], layer: int, keys: int, cls: int
+) -> Tensor:
+    """Attention of queries, keys and values ([b, n, heads, d]) over few keys: [b, n, heads * d]."""
+    own = _of_layer(weights, "layers", layer)
+    narrow_q = q @ own["query.weight"].T + own["query.bias"]
+    narrow_k = k @ own["key.weight"].T + own["key.bias"]
+    down = torch.einsum("rn,bnhd->brhd", own["down"], narrow_k)
+    met = torch.einsum("bnhd,brhd->bhnr", narrow_q, down) / math.sqrt(q.shape[-1])
+    estimates = met.softmax(-1) @ own["up"].abs()
+    logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(q.shape[-1])
+    order = estimates.argsort(dim=-1, descending=True, stable=True)
+    hidden = order.argsort(-1) >= keys
+    hidden[:, :, :cls] = False
+    shares = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", shares, v).flatten(2)
+
+
+def _of_layer(weights: Mapping[str, Tensor], kind: str, layer: int) -> dict[str, Tensor]:
+    """The part of a state dict that belongs to a layer."""
+    start = f"{kind}.{layer}."
+    return {n.removeprefix(start): value for n, value in weights.items() if n.startswith(start)}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.seam import bare_models, equalities, plain_bare, plain_tower
+from tests.seam import bare_models, equalities, plain_bare, plain_learned, plain_tower
 from tests.seam.bare_models import BUILD, DEPTH, HEADS, N, embed
+from tests.seam.plain_learned import shake
 from vlmcompress import CompressionConfig, StageConfig, handle_of, patch
 from vlmcompress.methods import create
 from vlmcompress.methods.inside import names_inside
@@ -36,10 +37,15 @@ def assert_written_out(model: Any, method: str) -> None:
     images = bare_models.pixels()
     cls, _ = plain_bare.prefix(model)
     with patch(model, method, keep=0.4) as handle:
+        if handle.parts is not None:
+            shake(handle.parts)
+            rule = plain_learned.sit(cls, dict(handle.parts.state_dict()))
+        else:
+            rule = RULES[method](cls)
         got, last = embed(model, images), handle.last
     made, plan = create(method), last.tower_patches
     want = plain_bare.run(
-        *(model, images, RULES[method](cls), plan),
+        *(model, images, rule, plan),
         heads=HEADS,
         weighed=made.weighs_keys,
         place=made.place,
@@ -53,7 +59,7 @@ def assert_written_out(model: Any, method: str) -> None:
 
 
 @models
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", [*RULES, "sit"])
 @torch.no_grad()
 def test_it_equals_one_written_out(name, method):
     if method == "evit" and not has_cls(name):

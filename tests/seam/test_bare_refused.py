@@ -22,6 +22,7 @@ from vlmcompress import (
     UnsupportedModelError,
     patch,
 )
+from vlmcompress.core.errors import CheckpointError
 from vlmcompress.methods import create
 
 
@@ -63,10 +64,15 @@ def test_models_that_cannot_be_reduced_are_refused(what):
 @pytest.mark.parametrize(
     ("name", "method", "keep", "error", "match"),
     [
-        ("clip", "divprune", 0.5, ConfigError, r"'divprune' act.*inside the tower are ats, evit"),
-        ("clip", "tome:0.5 | divprune:0.5", None, ConfigError, "has none"),
+        ("clip", "divprune", 0.5, ConfigError, r"'divprune' act.*training are ats, evit"),
+        ("clip", "tome:0.5 | divprune:0.5", None, ConfigError, "'divprune' act.*no language model"),
+        ("clip", "fastv", 0.5, ConfigError, "'fastv' act.*no language model"),
+        ("clip", "tome:0.5 | fastv:0.5", None, ConfigError, "'fastv' act.*no language model"),
         ("clip", create("tome"), 0.5, ConfigError, "tome_tower"),
-        ("clip", "sparsifiner", 0.5, ConfigError, "is a tower alone"),
+        ("clip", "sit(weights='nowhere.safetensors')", 0.5, CheckpointError, "nowhere"),
+        ("timm_token", "sparsifiner", 0.5, UnsupportedModelError, "keeps to itself"),
+        ("open_clip_own", "sparsifiner", 0.5, UnsupportedModelError, "keeps to itself"),
+        ("registers", "sparsifiner", 0.5, UnsupportedModelError, "keeps to itself"),
         ("clip", "tome", None, ConfigError, "no budget"),
         ("clip", "tome", "auto", ConfigError, "inside it"),
         ("clip", "tome(layers=(3,))", 5, ConfigError, "come down to 13"),
@@ -96,10 +102,14 @@ def test_there_is_no_language_model_to_speak_of(given):
             handle.encode(pixel_values=bare_models.pixels())
 
 
-def test_a_kernel_without_masks_is_refused_where_keys_are_weighed():
+@pytest.mark.parametrize(
+    ("kernel", "match"),
+    [("flash_attention_2", "takes no such mask"), ("flex_attention", "ends the whole process")],
+)
+def test_kernels_that_cannot_weigh_keys_are_refused_where_they_must(kernel, match):
     model = bare_models.build("vit")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="takes no such mask"):
+    model.config._attn_implementation_internal = kernel
+    with pytest.raises(UnsupportedModelError, match=match):
         patch(model, "tome", keep=0.5)
     patch(model, "tome(proportional=False)", keep=0.5).remove()
 

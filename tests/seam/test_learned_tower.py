@@ -13,6 +13,7 @@ from torch import Tensor
 from tests import tiny
 from tests.seam import equalities, matrix, oracle, plain_learned, plain_tower
 from tests.seam.equalities import world
+from tests.seam.plain_learned import shake
 from tests.seam.test_tower import blocks, connector_input
 from vlmcompress import (
     ConfigError,
@@ -32,14 +33,6 @@ LEARNED = ("t2t(learned=True)", "sit", "sparsifiner")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_learned = pytest.mark.parametrize("spec", LEARNED)
 kernels = pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention", "fake_flash"])
-
-
-def shake(parts: Any, seed: int = 0) -> None:
-    """Other numbers than untrained ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parts.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def shaken(model: Any, spec: Any, keep: Any = 0.4, **more: Any) -> Any:

@@ -154,11 +154,25 @@ def _check(model: nn.Module, family: BareFamily, built: Pipeline) -> None:
         )
     host, layers = _host(model, family), _layers(model, family)
     check_kernel(host, stage)
+    _check_flex(host, stage)
     check_attention(stage, name, tower, host)
     _check_mask(layers[0].get_submodule(tower.attention), tower, stage)
     n, depth = family.patches, len(layers)
     if n is not None and (stage.keep is None or stage.method.tokens_kept(n, stage.keep) < n):
         stage.method.schedule(n, stage.keep, depth, depth - 1)
+
+
+def _check_flex(host: nn.Module, stage: TowerStage) -> None:
+    """Refuse flex attention on a CPU where keys are weighed: torch's compiled kernel aborts."""
+    kernel = getattr(getattr(host, "config", None), "_attn_implementation", "")
+    on_cpu = next(host.parameters()).device.type == "cpu"
+    if stage.method.weighs_keys and kernel == "flex_attention" and on_cpu:
+        raise UnsupportedModelError(
+            f"{stage.method.name} adds the log of what each token stands for to its attention "
+            "logits, and with such a bias torch's compiled flex attention ends the whole process "
+            "on a CPU; load the tower with attn_implementation='sdpa', move it to a GPU, or use "
+            "proportional=False."
+        )
 
 
 def _check_mask(attention: nn.Module, tower: Tower, stage: TowerStage) -> None:
