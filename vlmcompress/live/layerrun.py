@@ -287,7 +287,7 @@ class LayerRun:
         found = rows.reduced(reduction, self._mode or act.method.renumbers)
         self.look.seen = None
         if found is None:
-            return hidden if reduction.hidden is None else reduction.hidden
+            return with_merged(hidden, reduction)
         self._rows, chosen = found
         self._columns.forget()
         if reduction.crop_earlier:

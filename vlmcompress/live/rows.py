@@ -291,10 +291,10 @@ class LayerRecord:
 
 def with_merged(hidden: Tensor, by: Reduction) -> Tensor:
     """Rows ([B, R, d]) with their new values, merged ones behind them."""
-    hidden = hidden if by.hidden is None else by.hidden
+    rows = hidden if by.hidden is None else by.hidden.to(hidden.dtype)
     if by.merged is None:
-        return hidden
-    return torch.cat([hidden, by.merged.to(hidden.dtype)], 1)
+        return rows
+    return torch.cat([rows, by.merged.to(hidden.dtype)], 1)
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:
