@@ -98,7 +98,7 @@ def _results(
     images = np.array([s.scene_id for s in samples])
     full, blind = right[FULL_CELL][0].astype(float), right[BLIND_CELL][0].astype(float)
 
-    def runs(name: str, keep: float | int) -> np.ndarray:
+    def runs(name: str, keep: float | int | None) -> np.ndarray:
         """[runs, questions]."""
         cell = Cell(plan.positions[0], name, keep)
         return full[None] if plan.is_full(name, keep) else right[cell].astype(float)

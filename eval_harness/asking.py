@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from eval_harness.controls import ORACLES, oracle
-from eval_harness.replay import NoRecording, Recording, record, union
+from eval_harness.replay import NoRecording, Recording, built, record, union
 from eval_harness.stages import parts
 from vlmcompress.core.errors import ConfigError, VLMCompressError
-from vlmcompress.methods import pipeline, registry
+from vlmcompress.methods import registry
 from vlmcompress.methods.base import Method
 
 FULL, BLIND = "full", "blind"
@@ -34,11 +34,14 @@ class Sample(Protocol):
 
 
 class Cell(NamedTuple):
-    """One configuration. The full model and the blind one have no positions."""
+    """One configuration. The full model and the blind one have no positions.
+
+    Without `keep` the method's own budget decides.
+    """
 
     positions: str
     method: str
-    keep: float | int
+    keep: float | int | None
 
 
 FULL_CELL, BLIND_CELL = Cell("", FULL, 1.0), Cell("", BLIND, 0)
@@ -69,7 +72,7 @@ class Entry:
             return cls(None)
         if isinstance(method, str) and method.isidentifier():
             method = registry.create(method)
-        stages = pipeline.build(method, keep=1).templates
+        stages = built(method).templates
         return cls(method, any(m.stochastic for m in stages), all(m.training_free for m in stages))
 
 
@@ -79,7 +82,7 @@ class Asking:
 
     Attributes:
         entries: {name: what is run under it}.
-        keeps: fractions or counts.
+        keeps: fractions or counts; None for methods with budgets of their own.
         positions: modes, as `patch` takes them. The same selection is asked in all of them.
         seeds: runs of what depends on a seed.
         controls: whether the full model and the one without image are asked too.
@@ -87,7 +90,7 @@ class Asking:
     """
 
     entries: dict[str, Entry]
-    keeps: tuple[float | int, ...]
+    keeps: tuple[float | int | None, ...]
     positions: tuple[str, ...] = ("auto",)
     seeds: int = 1
     controls: bool = True
@@ -95,7 +98,7 @@ class Asking:
 
     @classmethod
     def of(
-        cls, methods: Sequence[str | Method], keeps: Sequence[float | int], **options: Any
+        cls, methods: Sequence[str | Method], keeps: Sequence[float | int | None], **options: Any
     ) -> Asking:
         """Of methods as users name them; `blind` is left out, as it is a control.
 
@@ -120,11 +123,11 @@ class Asking:
         """How often a method is run."""
         return range(self.seeds if self.entries[name].stochastic else 1)
 
-    def runs(self) -> list[tuple[str, float | int]]:
+    def runs(self) -> list[tuple[str, float | int | None]]:
         """(method, keep) pairs that differ from the full model."""
         return [(m, k) for k in self.keeps for m in self.entries if not self.is_full(m, k)]
 
-    def is_full(self, name: str, keep: float | int) -> bool:
+    def is_full(self, name: str, keep: float | int | None) -> bool:
         """Whether a method leaves everything as it is."""
         return isinstance(keep, float) and keep >= 1 and self.entries[name].training_free
 
@@ -210,7 +213,7 @@ class _Run:
         recording: Recording | NoRecording,
         inputs: Any,
         samples: Sequence[Sample],
-        which: tuple[str, float | int, int, int],
+        which: tuple[str, float | int | None, int, int],
     ) -> None:
         """Ask a batch under one configuration in every position mode."""
         name, keep, run, seed = which
@@ -235,7 +238,7 @@ class _Run:
             self._note(cell, answers, samples, run)
 
     def _inputs(self, samples: Sequence[Sample], with_image: bool) -> Any:
-        texts = [_prompt(self.processor, s.question, with_image) for s in samples]
+        texts = [prompt_of(self.processor, s.question, with_image) for s in samples]
         images = {"images": [s.image for s in samples]} if with_image else {}
         inputs = self.processor(
             text=texts, **images, padding=True, padding_side="left", return_tensors="pt"
@@ -278,7 +281,8 @@ def is_right(answer: str, expected: str) -> bool:
     return answer.strip().lower() == expected.strip().lower()
 
 
-def _prompt(processor: Any, question: str, with_image: bool) -> str:
+def prompt_of(processor: Any, question: str, with_image: bool) -> str:
+    """The chat prompt that asks a question, about an image or without one."""
     content = [{"type": "image"}] if with_image else []
     content.append({"type": "text", "text": question})
     return processor.apply_chat_template(

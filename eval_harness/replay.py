@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eval_harness.controls import CoveragePruner
+from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.live.encode import PIXEL_ARGUMENTS, CompressedEncoding
 from vlmcompress.methods import pipeline
@@ -188,10 +189,18 @@ class Recording:
                 self.tower.__dict__["forward"] = before
 
 
+def built(method: Any) -> pipeline.Pipeline:
+    """The pipeline of a method, with some budget where it has none of its own."""
+    try:
+        return pipeline.build(method)
+    except ConfigError:
+        return pipeline.build(method, keep=1)
+
+
 def shared(method: Any) -> bool:
     """Whether all questions about an image see the same of it under a method."""
     if isinstance(method, str):
-        return not pipeline.build(method, keep=1).needs().text
+        return not built(method).needs().text
     inside = getattr(method, "stage", "") in ("tower", "connector")
     return inside and not method.needs().text and not isinstance(method, CoveragePruner)
 

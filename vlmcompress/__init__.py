@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from vlmcompress.core.keep import AutoKeep
     from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+    from vlmcompress.hub import load_adapter
     from vlmcompress.live.handle import Handle
     from vlmcompress.live.patch import handle_of, patch
 
@@ -52,6 +53,7 @@ _PLACES = {
     ),
     "core.keep": ("AutoKeep",),
     "core.tokens": ("Evidence", "Segment", "VisualTokens"),
+    "hub": ("load_adapter",),
     "live.handle": ("Handle",),
     "live.patch": ("handle_of", "patch"),
 }
@@ -78,6 +80,7 @@ __all__ = [
     "VLMCompressError",
     "VisualTokens",
     "handle_of",
+    "load_adapter",
     "patch",
 ]
 

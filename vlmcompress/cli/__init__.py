@@ -22,6 +22,7 @@ from vlmcompress.cli import (
     reference,
     retrieval,
     selection,
+    train,
 )
 from vlmcompress.cli.output import Group
 
@@ -43,6 +44,7 @@ evaluation.app.command()(retrieval.retrieval)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(reference.app, name="reference")
+app.add_typer(train.app, name="train")
 
 
 def _version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ from vlmcompress.core.errors import MissingExtraError
 EXTRA_OF = {
     "matplotlib": "eval",
     "open_clip": "clip",
+    "peft": "train",
     "scipy": "eval",
 }
 """Import name of each package that the library may do without, and the extra that brings it."""
