@@ -72,7 +72,8 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def sources(method: str) -> list[Path]:
+@cache
+def sources(method: str) -> tuple[Path, ...]:
     """Files of the library that a method's cells can run, sorted."""
     shared = (path for name in SHARED for path in (ROOT / PACKAGE / name).glob("*.py"))
     roots = [BUILTIN[method].partition(":")[0], f"{PACKAGE}.live.patch"]
@@ -83,7 +84,7 @@ def sources(method: str) -> list[Path]:
         if path not in found:
             found.add(path)
             waiting += [file for name in imported(path) for file in files_of(name)]
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 @cache
@@ -125,10 +126,13 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 @cache
 def meaning(path: Path) -> str:
-    """A file without comments, layout and the registry's list, of which a cell has one entry."""
+    """A digest of a file without comments, layout and the registry's list.
+
+    Of that list a cell has one entry.
+    """
     tree = _tree(path)
     tree.body = [node for node in tree.body if not _is_list_of_methods(node)]
-    return ast.dump(tree)
+    return digest(ast.dump(tree))
 
 
 def _is_list_of_methods(node: ast.stmt) -> bool:

@@ -12,6 +12,8 @@ from tests.tiny import FAMILIES
 from vlmcompress import EvidenceError, UnsupportedModelError, VLMCompressError, patch
 from vlmcompress.families import family_of
 from vlmcompress.methods import LayerReducer, Method, create, get
+from vlmcompress.methods.decoder.exiting import LayerExit
+from vlmcompress.methods.tower.exiting import TowerExit
 
 #: Every list of methods, so that none is forgotten here that is tested elsewhere.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -125,12 +127,12 @@ def _which(stage: str, attribute: str, value: Any = True) -> tuple[str, ...]:
 MERGERS = ("pool", "visionzip", "prumerge", "prumerge_plus", "vscan", "tome", "pitome")
 #: The same inside the language model: into new rows, which they say, or into those that stay.
 INNER_MERGERS = (*_which("decoder", "merges"), "holitom_llm")
-#: Inside the tower, and no patch leaves it.
-SPARSE = tuple(name for name, _ in methods_list.SPARSE_TOWER_METHODS)
+#: Inside the tower, and every patch leaves it.
+SPARING = tuple(n for n in names("tower") if configured(n).tokens_kept(25, 0.4) == 25)
 #: Inside the language model, and every row stays.
 BESIDE = tuple(n for n in names("decoder") if not isinstance(configured(n), LayerReducer))
 #: Rows leave the layers before the last one.
-EXITS = tuple(name for name in ("early_exit",) if name in OPTIONS)
+EXITS = tuple(n for n in names() if isinstance(configured(n), LayerExit | TowerExit))
 
 #: Methods whose options say how much stays, so that `keep` cannot.
 OWN_BUDGETS = tuple(n for n in names() if getattr(configured(n), "own_budget", False))
@@ -148,7 +150,7 @@ _OF_KINDS = (
         method=BESIDE,
     ),
     Exemption(
-        "a batch leaves the layers together, when all of its samples may",
+        "a call leaves the layers together, when all of its samples may",
         equality=("batch_is_singles",),
         method=EXITS,
     ),
@@ -161,12 +163,12 @@ _OF_KINDS = (
 
 #: The tests skip these and only these; docs/exactness.md prints them.
 EXEMPT: tuple[Exemption, ...] = (
-    *(exemption for exemption in _OF_KINDS if exemption.method),
     Exemption(
         "a mean of tokens is no subset of them; the prompt cut by hand is compared instead",
         equality=("drop_is_mask",),
         method=(*MERGERS, *INNER_MERGERS),
     ),
+    *(exemption for exemption in _OF_KINDS if exemption.method),
     Exemption(
         "what goes inside the tower is missing from its later blocks, so that what stays differs "
         "from the full tower's; the prompt cut by hand is compared instead, and the tower with one "
@@ -175,9 +177,9 @@ EXEMPT: tuple[Exemption, ...] = (
         method=tuple(names("tower")),
     ),
     Exemption(
-        "it spares attention and drops no token",
+        "it spares work inside the tower and drops no token",
         equality=("cache_bytes",),
-        method=SPARSE,
+        method=SPARING,
     ),
     Exemption(
         "what it looks at grows with the answer, so that without a cache every step would choose "
