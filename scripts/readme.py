@@ -18,7 +18,7 @@ from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from eval_harness.retrieval import rows as retrieval_rows
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
-from vlmcompress.reference.card import card, markdown, report
+from vlmcompress.reference.card import card, markdown, report, worlds_table
 from vlmcompress.reference.curve import TRAINING_LOG
 from vlmcompress.reference.study import stored
 from vlmcompress.reference.weights import WEIGHTS_DIR
@@ -72,6 +72,18 @@ def bench_region(results: dict[str, Any]) -> str:
         f"{markdown(header, rows)}\n\n"
         f"{what}{results['protocol']['repeats']} interleaved rounds. "
         f"{_source('docs/assets/bench.json', machine, 'make results')}"
+    )
+
+
+def worlds_region(study: dict[str, Any]) -> str:
+    """Both worlds side by side: texts fail first."""
+    machine = study["worlds"]["objects"]["contiguous"]["machine"]
+    sizes = " and ".join(f"{n} about {name}" for name, n in study["plan"]["questions"].items())
+    return (
+        f"{worlds_table(study)}\n\n"
+        f"Accuracy in % (95 % interval) on held-out questions, {sizes}; the detail that texts need "
+        f"is what goes first. "
+        f"{_source('docs/assets/reference_eval.json', machine, 'make reference-results')}"
     )
 
 
@@ -280,6 +292,8 @@ def documents() -> dict[Path, str]:
     table = families_table()
     study = stored(ASSETS / "reference_eval.json")
     compared = stored(METHODS)
+    if study is not None:
+        readme = insert(readme, "worlds", worlds_region(study))
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     if compared is not None:
         readme = insert(readme, "picture", picture_region(compared))

@@ -16,7 +16,11 @@ from vlmcompress.reference import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-REGIONS = {"table": "results.json", "bench": "bench.json"}
+REGIONS = {
+    "table": "results.json",
+    "bench": "bench.json",
+    "worlds": "reference_eval.json",
+}
 
 
 def _read(name: str) -> str:
