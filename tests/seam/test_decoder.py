@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlmcompress.core.errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
+from vlmcompress.methods.decoder.uniform_layer import UniformLayer
 
 EXACT = 1e-5
 DROPS = "random_layer(layers=(1, 2)):0.25"
@@ -324,3 +326,40 @@ def test_a_failed_call_does_not_reach_the_next_use_of_the_layers(llava: Any) -> 
             llava(**call)
         broken.remove()
         assert torch.equal(llava.get_decoder()(inputs_embeds=embedded).last_hidden_state, want)
+
+
+@torch.no_grad()
+def test_two_methods_may_act_at_one_place(llava: Any) -> None:
+    """The second ranks by the same layer's attention what the first has left."""
+    call = tiny.inputs(llava, RAGGED)
+    with patch(llava, "random_layer(seed=3)@1:0.6 | fastv@1:0.2", positions="original") as handle:
+        both = llava(**call).logits
+        kept = handle.last.kept_in(1)
+        handle.set(method="random_layer(seed=3)@1:0.6")
+        llava(**call)
+        first = handle.last.kept_in(1)
+    assert [len(rows) for rows in first] > [len(rows) for rows in kept]
+    assert all(
+        set(late.tolist()) < set(early.tolist()) for late, early in zip(kept, first, strict=True)
+    )
+    assert both.isfinite().all()
+
+
+@torch.no_grad()
+def test_what_a_method_writes_down_is_handed_back(llava: Any, monkeypatch: Any) -> None:
+    """Notes follow their rows through a site of another method."""
+    seen = []
+    plain = UniformLayer.reduce
+
+    def writing(self: Any, site: int, state: Any, k: Tensor) -> Any:
+        if state.notes is not None:
+            seen.append((state.notes, state.ordinal))
+        reduction = plain(self, site, state, k)
+        return dataclasses.replace(reduction, notes=state.ordinal * 7)
+
+    monkeypatch.setattr(UniformLayer, "reduce", writing)
+    call = tiny.inputs(llava, RAGGED)
+    with patch(llava, "uniform_layer(layers=(1, 2)):0.3 | random_layer@1:0.5"):
+        llava(**call)
+    ((notes, ordinal),) = seen
+    assert torch.equal(notes, ordinal * 7)

@@ -108,6 +108,7 @@ class LayerRun:
         self._layer = -1
         self._earlier: Tensor | None = None
         self._embedded: Tensor | None = None
+        self._notes: dict[int, Tensor] = {}
         self._went: list[Rows] = []
         self.lengths: list[tuple[int, int]] = []
         self.soft_masks: list[SoftMask] = []
@@ -284,12 +285,15 @@ class LayerRun:
         if reduction.soft is not None:
             self._soften(act, reduction)
             return hidden
+        if reduction.notes is not None:
+            self._notes[id(act.method)] = reduction.notes
         found = rows.reduced(reduction, self._mode or act.method.renumbers)
-        self.look.seen = None
         if found is None:
             return with_merged(hidden, reduction)
         self._rows, chosen = found
         self._columns.forget()
+        self.look.follow(None if reduction.merged is not None else chosen)
+        self._notes = {key: _beside(notes, chosen) for key, notes in self._notes.items()}
         if reduction.crop_earlier:
             self._crop_earlier()
         self._earlier, self._embedded = (
@@ -337,7 +341,8 @@ class LayerRun:
     ) -> DecoderState:
         """The same with what the method at a site reads."""
         rows, method = self._rows, act.method
-        state = self._state(hidden, act.parts)
+        notes = self._notes.get(id(method))
+        state = dataclasses.replace(self._state(hidden, act.parts), notes=notes)
         if method.reads == "nothing":
             return state
         if method.reads == "features":
@@ -374,3 +379,9 @@ class LayerRun:
             record = self._columns.record(layers, self._all, soft)
             self._attach(cache, dataclasses.replace(record, **self._beside.memory()))
         return rows.spread(hidden, self._all.index.shape[1])
+
+
+def _beside(notes: Tensor, chosen: Tensor) -> Tensor:
+    """[B, R'] what was written beside rows ([B, R]) when some stay; 0 beside merged ones."""
+    beyond = (chosen.amax() + 1 - notes.shape[1]).clamp(min=0)
+    return torch.nn.functional.pad(notes, (0, int(beyond))).gather(1, chosen)

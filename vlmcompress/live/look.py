@@ -78,6 +78,11 @@ class Look:
         finally:
             self._writing = False
 
+    def follow(self, chosen: Tensor | None) -> None:
+        """Keep of what was seen the rows that stay ([B, R']); nothing for None."""
+        if self.seen is not None:
+            self.seen = None if chosen is None else self.seen.taken(chosen)
+
     def lean_input(self, projection: str, hidden: Tensor) -> Tensor:
         """Rows that a projection need see for the look alone, or for the cache."""
         if self._writing and projection == "v_proj":

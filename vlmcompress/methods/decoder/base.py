@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal, TypeAlias
 
@@ -115,6 +115,26 @@ class DecoderAttention:
             beyond = logits.shape[-1] - self.bias.shape[1]
             logits = logits + torch.nn.functional.pad(self.bias, (0, beyond))[:, None, None]
         return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+
+    def taken(self, rows: Tensor) -> DecoderAttention:
+        """The same of some rows: queries and keys of the others are gone.
+
+        Args:
+            rows: [B, R].
+        """
+        past = torch.arange(self.past, device=rows.device).expand(len(rows), -1)
+        keys = torch.cat([past, rows + self.past], 1)
+        mask = self.mask
+        if mask is not None:
+            mask = _rows(_rows(mask, rows).transpose(2, 3), keys).transpose(2, 3)
+        return replace(
+            self,
+            q=_rows(self.q, rows),
+            k=_rows(self.k, keys),
+            seen=self.seen.gather(1, keys),
+            mask=mask,
+            bias=None if self.bias is None else self.bias.gather(1, keys),
+        )
 
     def _may_see(self, rows: Tensor, keys: int) -> Tensor:
         """[B, 1, r, keys] bool."""
