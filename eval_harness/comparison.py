@@ -44,14 +44,14 @@ _NEW_TOKENS = 6  # the longest answer, a word, and its end
 
 
 def default_methods() -> tuple[str, ...]:
-    """Baselines, every built-in method that needs no training, variants, and the oracles."""
+    """Baselines, built-in methods that take a keep and need no training, variants, and oracles."""
     kinds = {name: registry.get(name) for name in registry.BUILTIN if name not in BASELINES}
     published = [
         name
         for name, kind in kinds.items()
         if kind.training_free and kind.stage in ("tower", "connector")
     ]
-    return (*BASELINES, *published, *filter(_accepted, _VARIANTS), *ORACLES)
+    return (*BASELINES, *filter(_accepted, (*published, *_VARIANTS)), *ORACLES)
 
 
 def _accepted(spec: str) -> bool:

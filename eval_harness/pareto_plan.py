@@ -10,7 +10,7 @@ from eval_harness.shapes import config
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.methods import pipeline, registry
-from vlmcompress.methods.tower.base import TowerReducer
+from vlmcompress.methods.inside import names_inside
 from vlmcompress.reference.worlds import WORLDS
 
 TOWERS = (
@@ -113,9 +113,6 @@ class Point:
 
 def published() -> dict[str, str]:
     """{method inside the tower: a spec with its published setting, or half of the patches}."""
-    names = [
-        name
-        for name in registry.BUILTIN
-        if issubclass(registry.get(name), TowerReducer) and registry.get(name).training_free
-    ]
+    inside = names_inside(cls=True)
+    names = [name for name in registry.BUILTIN if name in inside]
     return {name: PUBLISHED.get(name, f"{name}:{_SHARE}") for name in names}

@@ -20,27 +20,18 @@ from vlmcompress.methods import registry
 from vlmcompress.reference import KINDS, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "pareto", "reference")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The reference model's weights, or untrained ones of its shape where there are none."""
-    if (weights.WEIGHTS_DIR / "config.json").exists():
-        return weights.WEIGHTS_DIR
-    from vlmcompress.reference.model import build_model
-    from vlmcompress.reference.tokenizer import build_processor
-
-    folder = tmp_path_factory.mktemp("weights")
-    build_model().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
+COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "bench-selection", "pareto")
+GROUPS = {
+    "calibrate": ("fitprune", "early_exit"),
+    "eval": ("methods", "retrieval"),
+    "reference": ("train", "eval", "study"),
+}
 
 
 @pytest.fixture
-def run(folder, monkeypatch):
+def run(reference_folder, monkeypatch):
     """Run a command in this process and check its exit code, 0 unless told otherwise."""
-    monkeypatch.setattr(weights, "WEIGHTS_DIR", folder)
+    monkeypatch.setattr(weights, "WEIGHTS_DIR", reference_folder)
 
     def invoke(*arguments, code=0):
         result = CliRunner().invoke(app, [str(a) for a in arguments])
@@ -68,14 +59,15 @@ def _check_accuracy(accuracy):
 
 def test_help_names_every_command(run):
     text = run("--help").output
-    assert all(command in text for command in COMMANDS)
+    assert all(command in text for command in (*COMMANDS, *GROUPS))
 
 
 def test_every_command_takes_json(run):
-    for command in COMMANDS[:-1]:
+    for command in COMMANDS:
         assert "--json" in run(command, "--help").output
-    for command in ("train", "eval"):
-        assert "--json" in run("reference", command, "--help").output
+    for group, commands in GROUPS.items():
+        for command in commands:
+            assert "--json" in run(group, command, "--help").output
 
 
 def test_version(run):
@@ -128,14 +120,14 @@ def test_generate_without_compression(run, picture):
 
 
 @pytest.fixture(scope="module")
-def clip(folder, tmp_path_factory):
+def clip(reference_folder, tmp_path_factory):
     """A folder with a CLIP model of random weights, as wide as the reference model's tower."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     from vlmcompress.reference.model import Shape
 
     where = tmp_path_factory.mktemp("clip")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(reference_folder)
     tokenizer.bos_token = tokenizer.eos_token  # every part of a question begins with one
     small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     text = {"hidden_size": 16, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
@@ -159,11 +151,11 @@ def test_generate_with_a_method_that_reads_the_question(run, picture, clip, sour
     assert found["tokens_after"] == [20]
 
 
-def test_generate_says_what_a_text_aware_method_lacks(run, picture, folder, tmp_path):
+def test_generate_says_what_a_text_aware_method_lacks(run, picture, reference_folder, tmp_path):
     asked = ("generate", "--image", picture, "--prompt", "Is there a red circle?")
     options = ("--method", "cdpruner", "--keep", 20, "--device", "cpu")
     assert "clip=" in run(*asked, *options, code=1).stderr
-    none, other = tmp_path / "none", folder
+    none, other = tmp_path / "none", reference_folder
     assert str(none) in run(*asked, *options, "--clip", none, code=1).stderr
     assert "that of a CLIP model is 'clip'" in run(*asked, *options, "--clip", other, code=1).stderr
     run(*asked, "--keep", 20, "--clip", "reference", code=2)
@@ -210,8 +202,8 @@ def test_bench(run, tmp_path):
 
 def test_pareto(run, tmp_path):
     out, plot = tmp_path / "pareto.json", tmp_path / "pareto.png"
-    options = ("--random-weights", "tiny", "--dtype", "float32", "--rounds", 1, "--n", 8)
-    more = ("--n-text", 0, "--connectors", "vtc_cls", "--processes", 1)
+    options = ("--random-weights", "tiny", "--dtype", "float32", "--rounds", 1, "--questions", 8)
+    more = ("--text-questions", 0, "--connectors", "vtc_cls", "--processes", 1)
     text = run(
         "pareto", "--out", out, "--plot", plot, *options, *more, "--towers", "evit:0.4; sta:0.5"
     ).stdout
@@ -280,13 +272,13 @@ def test_reference_train_passes_its_options(run, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def demonstration(folder, tmp_path_factory):
+def demonstration(reference_folder, tmp_path_factory):
     """Output of a small demonstration, once for all tests."""
     small = demos.Plan(8, (1.0, 0.1), 1)
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patcher:
         patcher.setattr(demos, "QUICK", small)
-        command = ["demo", "--quick", "--out", str(out), "--weights", str(folder)]
+        command = ["demo", "--quick", "--out", str(out), "--weights", str(reference_folder)]
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return out, result.stdout

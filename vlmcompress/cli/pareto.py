@@ -14,8 +14,12 @@ from vlmcompress.cli.values import REFERENCE, device_of, dtype_of, keep_of, loca
 def pareto(
     out: Annotated[Path, typer.Option(help="JSON to write; parts are kept beside it.")],
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw.")] = None,
-    n: Annotated[int, typer.Option(min=0, help="Questions about objects; 0 for none.")] = 400,
-    n_text: Annotated[int, typer.Option(min=0, help="Questions about texts; 0 for none.")] = 200,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Questions about objects; 0 for none.")
+    ] = 400,
+    text_questions: Annotated[
+        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
+    ] = 200,
     towers: Annotated[
         str, typer.Option(help="Settings inside the tower, separated by ';'; a set where not given")
     ] = "",
@@ -53,8 +57,9 @@ def pareto(
 
     dtype_of(dtype)  # so that a wrong one is refused before anything is measured
     timing = Timing(random_weights, dtype, str(device_of(device)), clock)  # type: ignore[arg-type]
+    asked = {"objects": questions, "text": text_questions}
     plan = Plan(
-        questions={world: k for world, k in (("objects", n), ("text", n_text)) if k},
+        questions={world: k for world, k in asked.items() if k},
         towers=tuple(part.strip() for part in towers.split(";")) if towers else TOWERS,
         connectors=tuple(words(connectors)),
         keeps=tuple(keep_of(k) for k in words(keeps)),  # type: ignore[misc]  # checked there

@@ -44,7 +44,7 @@ def names_inside(*, cls: bool) -> list[str]:
         for name, kind in found.items()
         if issubclass(kind, TowerReducer)
         and kind.training_free
-        and not registry.create(name).own_budget
+        and not kind().own_budget
         and (cls or not kind.needs_cls)
     ]
 
