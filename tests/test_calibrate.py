@@ -144,22 +144,8 @@ def test_statistics_are_those_of_the_attention_maps(family: str):
             torch.testing.assert_close(sample.cross[layer], cross[columns], atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference model's weights, or untrained ones of its shape where there are none."""
-    if (weights.WEIGHTS_DIR / "config.json").exists():
-        return weights.WEIGHTS_DIR
-    from vlmcompress.reference.model import build_model
-    from vlmcompress.reference.tokenizer import build_processor
-
-    folder = tmp_path_factory.mktemp("weights")
-    build_model().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
-
-
 @torch.no_grad()
-def test_the_command_writes_what_the_method_reads(reference: Path, tmp_path: Path):
+def test_the_command_writes_what_the_method_reads(reference_folder: Path, tmp_path: Path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(3):
@@ -167,13 +153,14 @@ def test_the_command_writes_what_the_method_reads(reference: Path, tmp_path: Pat
     lines = [{"image": f"pictures/{i}.png", "question": f"How many? {i}"} for i in range(3)]
     data, out = tmp_path / "data.jsonl", tmp_path / "out" / "schedule.json"
     data.write_text("\n".join(json.dumps(line) for line in lines))
-    command = ["calibrate", "fitprune", str(reference), "--flops", "0.6", "--samples", "2"]
+    command = ["calibrate", "fitprune", str(reference_folder), "--flops", "0.6", "--samples", "2"]
     result = CliRunner().invoke(app, [*command, "--data", str(data), "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
     assert written["samples"] == 2
     assert 0.55 < written["flops"] <= 0.6
-    model, processor = weights.load() if reference == weights.WEIGHTS_DIR else loaded(reference)
+    shipped = reference_folder == weights.WEIGHTS_DIR
+    model, processor = weights.load() if shipped else loaded(reference_folder)
     image, question = Image.open(pictures / "0.png"), "How many? 0"
     inputs = processor(
         text=[calibrate.prompt_of(processor, question)], images=[image], return_tensors="pt"
@@ -201,9 +188,9 @@ def loaded(folder: Path) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def test_drawn_scenes_are_the_default(reference: Path, tmp_path: Path):
+def test_drawn_scenes_are_the_default(reference_folder: Path, tmp_path: Path):
     out = tmp_path / "schedule.json"
-    command = ["calibrate", "fitprune", str(reference), "--samples", "1", "--out", str(out)]
+    command = ["calibrate", "fitprune", str(reference_folder), "--samples", "1", "--out", str(out)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert f"written to {out}" in result.output
@@ -211,25 +198,25 @@ def test_drawn_scenes_are_the_default(reference: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["nothing", '{"image": "a.png"}', "[]"])
-def test_lines_that_are_no_questions(reference: Path, tmp_path: Path, line: str):
+def test_lines_that_are_no_questions(reference_folder: Path, tmp_path: Path, line: str):
     data = tmp_path / "data.jsonl"
     data.write_text(line)
-    command = ["calibrate", "fitprune", str(reference), "--data", str(data)]
+    command = ["calibrate", "fitprune", str(reference_folder), "--data", str(data)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "Line 1 of" in result.output
 
 
-def test_a_model_is_as_before_when_calibration_fails(reference: Path):
-    model, processor = loaded(reference)
+def test_a_model_is_as_before_when_calibration_fails(reference_folder: Path):
+    model, processor = loaded(reference_folder)
     with pytest.raises(ConfigError, match="0 samples"):
         calibrate.fitprune(model, processor, [], 0.5)
     with pytest.raises(VLMCompressError, match="is not patched"):
         handle_of(model)
 
 
-def test_costs_that_are_not_known(reference: Path):
-    model, _ = loaded(reference)
+def test_costs_that_are_not_known(reference_folder: Path):
+    model, _ = loaded(reference_folder)
     model.get_decoder().config.num_experts = 8
     with pytest.raises(UnsupportedModelError, match="FLOPs of a"):
         calibrate.cost_of(model)([(3, 3)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.units import DEPTH, make, segments_of, tokens_for
+from tests.units import DEPTH, covering_by_definition, make, segments_of, tokens_for
 from vlmcompress.core.errors import ConfigError, ConfigTypeError, MissingTextError
 from vlmcompress.core.tokens import Evidence, VisualTokens
 from vlmcompress.methods import create, pipeline, registry
@@ -302,17 +302,6 @@ def test_cdpruner_without_a_question():
 
 
 # --- SCOPE ---------------------------------------------------------------------------------------
-
-
-def covering_by_definition(similarity: Tensor, weights: Tensor, k: int) -> list[int]:
-    chosen: list[int] = []
-    covered = torch.zeros(len(similarity), dtype=torch.float64)
-    for _ in range(k):
-        gains = (similarity - covered[:, None]).clamp(min=0).sum(0) * weights
-        gains[chosen] = -1
-        chosen.append(int(gains.argmax()))
-        covered = torch.maximum(covered, similarity[:, chosen[-1]])
-    return chosen
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.units import make
+from tests.units import covering_by_definition, make
 from vlmcompress.core.tokens import Evidence, VisualTokens
 from vlmcompress.methods.ops import merging
 from vlmcompress.methods.ops.diversity import cosine, covering, thin_out
@@ -62,19 +62,6 @@ def test_thinning_where_lists_of_neighbours_hold_nobody_to_compare_with():
     for k in (79, 60, 7):
         want = thin_out_by_definition(similarity[0], list(range(80)), k, 8)
         assert thin_out(similarity, order, k)[0].tolist() == want
-
-
-def covering_by_definition(similarity: Tensor, weights: Tensor, k: int) -> list[int]:
-    """Gains are computed anew at every step, in float64."""
-    similarity, weights = similarity.double(), weights.double()
-    chosen: list[int] = []
-    covered = torch.zeros(len(similarity), dtype=torch.float64)
-    for _ in range(k):
-        gains = (similarity - covered[:, None]).clamp(min=0).sum(0) * weights
-        gains[chosen] = -1
-        chosen.append(int(gains.argmax()))
-        covered = torch.maximum(covered, similarity[:, chosen[-1]])
-    return chosen
 
 
 @pytest.mark.parametrize("kind", KINDS)

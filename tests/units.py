@@ -68,3 +68,22 @@ def tokens_for(
         evidence = dataclasses.replace(evidence, text=text, patches=patches)
     features = torch.randn(b, n, WIDTH, generator=generator)
     return VisualTokens.from_features(features, segments=segments, evidence=evidence)
+
+
+def covering_by_definition(similarity: Tensor, weights: Tensor, k: int) -> list[int]:
+    """SCOPE's greedy choice, gains computed anew at every step, in float64.
+
+    Args:
+        similarity: [n, n] of tokens.
+        weights: [n] of tokens.
+        k: tokens to choose.
+    """
+    similarity, weights = similarity.double(), weights.double()
+    chosen: list[int] = []
+    covered = torch.zeros(len(similarity), dtype=torch.float64)
+    for _ in range(k):
+        gains = (similarity - covered[:, None]).clamp(min=0).sum(0) * weights
+        gains[chosen] = -1
+        chosen.append(int(gains.argmax()))
+        covered = torch.maximum(covered, similarity[:, chosen[-1]])
+    return chosen
