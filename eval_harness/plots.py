@@ -110,7 +110,8 @@ def plot_learning(log: dict[str, Any], path: str | Path) -> Path:
     figure = require("matplotlib.figure").Figure(figsize=size, layout="constrained")
     for row, run in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
         stages = list(run["stages"])
-        for axes, stage in zip(row.subplots(1, len(stages), sharey=True), stages, strict=True):
+        panels = row.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+        for axes, stage in zip(panels, stages, strict=True):
             for name, points in _learning(run["curve"], stage).items():
                 axes.plot(*zip(*points, strict=True), marker=".", markersize=3, label=name)
             axes.set(title=_STAGES.get(stage, stage), xlabel="minutes", ylim=(0, 1.02))
