@@ -56,7 +56,7 @@ def drop_is_mask(w: World, method: str, keeps: Sequence[Any] | None = None) -> N
                 exact = w.twin(**float32(w.call)).logits
         gone = hidden[_depth(w)]
         seen = w.valid & ~gone
-        assert_near(got, want, exact, seen)
+        assert_near(got, want, exact, seen, w.tolerance)
         assert gone.any()
         if matrix.configured(method).count_kind == "exact":
             assert gone.any(1).tolist() == [prompt.images > 0 for prompt in oracle.MIXED]
@@ -77,7 +77,7 @@ def cut_by_hand(w: World, method: str, keeps: Sequence[Any] | None = None) -> No
             exact = None
             if w.low:
                 exact, _ = _cut_logits(w, w.twin, float32(call), decisions, positions)
-            assert_near(got[:, columns], want, exact)
+            assert_near(got[:, columns], want, exact, tolerance=w.tolerance)
 
 
 def _cut_logits(

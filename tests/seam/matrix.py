@@ -326,10 +326,14 @@ def crossed(equality: str, method: str, family: str, kernel: str, dtype: str) ->
     """Whether a cell belongs to the matrix.
 
     With `PLAIN` all of them do. Under other kernels and dtypes methods between tower and language
-    model run on every family, those inside either on the three that are chosen for each.
+    model run on every family. Those inside either run on the three that are chosen for each, with
+    every kernel in float32, every dtype under the plain kernel, and on a GPU its own kernel.
     """
     if (kernel, dtype) == PLAIN:
         return True
     if equality in ONCE_PER_FAMILY:
         return False
-    return stage_of(method) == "connector" or family in chosen_families(method)
+    if stage_of(method) == "connector":
+        return True
+    alone = kernel == PLAIN[0] or dtype == PLAIN[1] or kernel == "flash_attention_2"
+    return alone and family in chosen_families(method)

@@ -144,8 +144,13 @@ def check_beside(built: Pipeline, decoder: Decoder) -> None:
 
 
 def _check_routed(router: LayerRouter, built: Pipeline, depth: int) -> None:
-    """Refuse reducers that look at, or act in, a layer that rows pass by."""
+    """Refuse layers that cannot be passed by, and reducers that look at, or act in, such layers."""
     routed = frozenset(router.routed_layers(depth))
+    if 0 in routed:
+        raise ConfigError(
+            f"{router.name} is to let tokens pass by layer 0 of {depth}, whose cache tells how "
+            "long a conversation is; name layers from 1 on."
+        )
     for stage in built.decoder:
         if not isinstance(stage.method, LayerReducer):
             continue

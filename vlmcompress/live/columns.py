@@ -131,6 +131,8 @@ class Columns:
         past = self.past(layer).seen.shape[1]
         cached.keys = _cut(cached.keys, chosen, past)
         cached.values = _cut(cached.values, chosen, past)
+        if hasattr(cached, "cumulative_length"):  # layers with a window count on their own
+            cached.cumulative_length = cached.keys.shape[-2]
 
     def forget(self, rows: Rows | None = None) -> None:
         """Let go of what was made for some rows; for all of them when none are given."""

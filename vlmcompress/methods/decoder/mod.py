@@ -36,7 +36,7 @@ class MoD(LayerRouter):
     ones, so that the first layer sees all.
 
     Attributes:
-        layers: with a router; every second one, from 1 on, when not given.
+        layers: with a router, none of them 0; every second one, from 1 on, when not given.
         seed: of the untrained routers.
         weights: file of the trained ones.
     """
@@ -70,7 +70,10 @@ class MoD(LayerRouter):
         """The layers named, or the odd ones."""
         if self.layers is None:
             return tuple(range(1, depth, 2))
-        return tuple(sorted({resolve_layer(layer, depth) for layer in self.layers}))
+        # A share stands for layer 1 at least, where small models round it down to 0.
+        return tuple(
+            sorted({max(resolve_layer(n, depth), isinstance(n, float)) for n in self.layers})
+        )
 
     def processed(self, n: int, keep: float | int | None) -> int:
         """The share or count of them."""

@@ -32,7 +32,7 @@ class LayerRouter(LayerMethod):
 
     @abstractmethod
     def routed_layers(self, depth: int) -> tuple[int, ...]:
-        """Layers that tokens pass by, ascending.
+        """Layers that tokens pass by, ascending; not the first, which caches are measured by.
 
         Raises:
             ConfigError: for layers that are not there.
