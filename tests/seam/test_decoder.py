@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.seam import oracle
+from tests.seam import kernels, oracle
 from tests.seam.reductions import keys_hidden
 from tests.tiny import Prompt
 from vlmcompress import patch
@@ -363,3 +363,11 @@ def test_what_a_method_writes_down_is_handed_back(llava: Any, monkeypatch: Any) 
         llava(**call)
     ((notes, ordinal),) = seen
     assert torch.equal(notes, ordinal * 7)
+
+
+@torch.no_grad()
+def test_block_masks_of_prefixes_cannot_be_cut() -> None:
+    model = kernels.build("paligemma", "flex_attention", torch.float32)
+    call = tiny.inputs(model, (Prompt(images=1, text=8),))
+    with patch(model, DROPS), pytest.raises(UnsupportedModelError, match="block masks"):
+        model(**call)

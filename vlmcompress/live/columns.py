@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError
+from vlmcompress.core.errors import CacheMismatchError, UnsupportedInputError, UnsupportedModelError
 from vlmcompress.families.decoders import Decoder
 from vlmcompress.live import softening
 from vlmcompress.live.rows import Held, LayerRecord, Rows
@@ -197,6 +197,12 @@ class Columns:
             return None
         if self.square and isinstance(mask, Tensor) and mask.ndim == 4 and self._past is None:
             return self._padded(layer, _square(mask, rows, self.before))
+        if self.square and mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedModelError(
+                "Rows of this model's prompts see later ones, and the block masks of flex "
+                "attention, which say so, cannot be cut to the rows that are left; load the model "
+                "with attn_implementation='sdpa'."
+            )
         seen = torch.cat([past.seen, rows.valid], 1).to(hidden.device)
         return create_causal_mask()(
             config=self._decoder.config,
