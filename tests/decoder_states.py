@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcompress.methods.decoder.base import DecoderAttention, DecoderState
+from vlmcompress.methods.decoder.attention import DecoderAttention
+from vlmcompress.methods.decoder.base import DecoderState
 
 
 class Maps(DecoderAttention):

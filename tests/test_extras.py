@@ -23,7 +23,6 @@ FILES = sorted(path for package in OWN for path in (ROOT / package).rglob("*.py"
 THROUGH_TRANSFORMERS = {
     "accelerate": "device_map",
     "bitsandbytes": "weights of 4 and 8 bits",
-    "peft": "adapters",
 }
 
 #: Import names that differ from the distribution's.

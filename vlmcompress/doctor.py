@@ -246,9 +246,11 @@ def _grid(tower: TowerFacts, merge: int) -> tuple[int, int] | None:
 
 def _verdict(model: Any, name: str) -> Verdict:
     from vlmcompress import patch
+    from vlmcompress.methods import registry
 
+    own = getattr(registry.create(name), "own_budget", False)
     try:
-        with patch(model, name, keep=0.5):
+        with patch(model, name, keep=None if own else 0.5):
             return Verdict(name, True)
     except VLMCompressError as error:
         return Verdict(name, False, str(error))

@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.decoder_states import Maps, state_of
 from vlmcompress.methods import create
 from vlmcompress.methods.decoder.attending import packed
-from vlmcompress.methods.decoder.base import DecoderAttention, DecoderState, LayerReducer
+from vlmcompress.methods.decoder.attention import DecoderAttention
+from vlmcompress.methods.decoder.base import DecoderState, LayerReducer
 from vlmcompress.methods.decoder.prunevid_llm import PruneVidLLM, best_of_each
 from vlmcompress.methods.decoder.sparsevlm import SparseVLM, text_raters
 from vlmcompress.methods.decoder.var import VAR

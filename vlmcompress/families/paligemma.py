@@ -2,4 +2,6 @@
 
 from vlmcompress.families.base import Family
 
-FAMILY = Family("paligemma", connector_path="multi_modal_projector", position_offset=1, sees_ahead=True)
+FAMILY = Family(
+    "paligemma", connector_path="multi_modal_projector", position_offset=1, sees_ahead=True
+)

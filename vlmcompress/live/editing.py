@@ -18,7 +18,7 @@ from vlmcompress.families.decoders import Decoder
 from vlmcompress.live.columns import Columns
 from vlmcompress.live.rows import LayerRecord, Rows, take_rows
 from vlmcompress.methods.decoder.attending import packed
-from vlmcompress.methods.decoder.base import DecoderAttention
+from vlmcompress.methods.decoder.attention import DecoderAttention
 from vlmcompress.methods.decoder.editing import AttentionEditor, Marks
 
 #: Weights held at a time, all samples and heads together (32 MiB of them).

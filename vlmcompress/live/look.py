@@ -12,7 +12,7 @@ from vlmcompress.families.decoders import Decoder
 from vlmcompress.live import softening
 from vlmcompress.live.columns import Columns
 from vlmcompress.live.rows import Rows, take_rows
-from vlmcompress.methods.decoder.base import DecoderAttention
+from vlmcompress.methods.decoder.attention import DecoderAttention
 
 
 class Look:

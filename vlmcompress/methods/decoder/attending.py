@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlmcompress.methods.decoder.base import DecoderAttention, DecoderState
+from vlmcompress.methods.decoder.attention import DecoderAttention
+from vlmcompress.methods.decoder.base import DecoderState
 
 #: Weights held at a time, all samples and heads together (32 MiB of them).
 _AT_A_TIME = 2**23
