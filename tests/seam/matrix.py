@@ -151,7 +151,7 @@ _OF_KINDS = (
     ),
     Exemption(
         "a call leaves the layers together, when all of its samples may",
-        equality=("batch_is_singles",),
+        equality=("batch_is_singles", "turns"),
         method=EXITS,
     ),
     Exemption(
