@@ -22,8 +22,12 @@ tags: [vlmcompress, atp, token-pruning]
 
 # Thresholds of ATP for {model}
 
-Trained with `{command}`: {steps} steps of {batch} questions, seed {seed}, for a mean over the
-layers of {target:.1%} of the visual tokens.{lora} The language model itself is as it was.
+Trained for a mean over the layers of {target:.1%} of the visual tokens, in {steps} steps of {batch}
+questions, seed {seed}. {lora}
+
+```sh
+{command}
+```
 
 ```python
 from vlmcompress import load_adapter
@@ -31,17 +35,21 @@ from vlmcompress import load_adapter
 handle = load_adapter(model, "{folder}")
 ```
 """
-_LORA = " LoRA of rank {rank} on queries and values of the language model was trained with them."
+_LORA = "LoRA of rank {rank} on queries and values of the language model was trained with them."
+_FROZEN = "The language model itself is as it was."
 _MEASURED = """
 ## Measured
 
 {questions} questions about {images} scenes of the test split. Every fixed schedule keeps the same
-{keep:.1%} of the visual tokens, averaged over layers and questions, as these thresholds did.
+{keep:.1%} of the visual tokens, averaged over layers and questions, as these thresholds did:
+`pyramiddrop`, `random_layer` and `uniform_layer` at the same sites, by equal shares at each, and
+`fastv` all at once at the first. None was tuned, and the thresholds are those of one seed.
 Accuracy is the mean over kinds of questions in percent, with 95 % intervals from a bootstrap over
 scenes; the difference is paired by question (positive: the thresholds are better). FLOPs are those
 of the language model's prefill by formula, relative to all tokens.
 
 {table}
+
 {spread}
 """
 _SPREAD = """
@@ -96,7 +104,7 @@ def card(results: Mapping[str, Any]) -> str:
         model=results["model"],
         command=results["command"],
         folder=results["folder"],
-        lora=_LORA.format(rank=rank) if rank else "",
+        lora=_LORA.format(rank=rank) if rank else _FROZEN,
         **{k: plan[k] for k in ("steps", "batch", "seed", "target")},
     )
     measured = results.get("measured")
