@@ -204,7 +204,8 @@ def matrix_region(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown(['', *(f'`{family}`' for family in families)], rows)}\n\n"
-        f"✓ all cells passed; `?` some have not run yet; a number names the exemption below that holds for some of them; "
+        f"✓ all cells passed; `?` some have not run yet; a number names the exemption below that "
+        f"holds for some of them; "
         f"`-` the method does not exist there ({'; '.join(results['absent'])}). "
         f"Cells: {', '.join(counts)}. "
         f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): {versions}."
