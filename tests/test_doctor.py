@@ -20,7 +20,7 @@ def test_verdicts_are_those_of_patch(family):
     assert found.supported
     assert [v.name for v in found.methods] == registry.names()
     for verdict in found.methods:
-        own = getattr(registry.create(verdict.name), "own_budget", False)
+        own = registry.create(verdict.name).own_budget
         keep = None if own else 0.5
         if verdict.runs:
             patch(model, verdict.name, keep=keep).remove()

@@ -248,7 +248,7 @@ def _verdict(model: Any, name: str) -> Verdict:
     from vlmcompress import patch
     from vlmcompress.methods import registry
 
-    own = getattr(registry.create(name), "own_budget", False)
+    own = registry.create(name).own_budget
     try:
         with patch(model, name, keep=None if own else 0.5):
             return Verdict(name, True)

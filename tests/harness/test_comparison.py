@@ -82,7 +82,7 @@ def test_every_method_that_needs_no_training_is_there():
     assert len(set(names)) == len(names)
     for name in registry.BUILTIN:
         kind = registry.get(name)
-        takes_keep = not getattr(kind(), "own_budget", False)
+        takes_keep = not kind().own_budget
         wanted = kind.training_free and takes_keep and kind.stage in ("tower", "connector")
         assert (name in names) == wanted, name
     assert set(CONTROLS) <= set(names)

@@ -62,7 +62,7 @@ __all__ = [
 def budgets(method: str) -> list[Any]:
     """The budgets of the matrix that a method knows; None for one of its own."""
     configured = matrix.configured(method)
-    if getattr(configured, "own_budget", False):
+    if configured.own_budget:
         return [None]
     known = matrix.BUDGETS[configured.stage]
     if configured.stage != "connector":

@@ -135,7 +135,7 @@ BESIDE = tuple(n for n in names("decoder") if not isinstance(configured(n), Laye
 EXITS = tuple(n for n in names() if isinstance(configured(n), LayerExit | TowerExit))
 
 #: Methods whose options say how much stays, so that `keep` cannot.
-OWN_BUDGETS = tuple(n for n in names() if getattr(configured(n), "own_budget", False))
+OWN_BUDGETS = tuple(n for n in names() if configured(n).own_budget)
 
 #: Exemptions of kinds of methods that there need not be any of; one of no method is one of all.
 _OF_KINDS = (
@@ -278,7 +278,7 @@ def refusal(method: str, family: str) -> str | None:
     Told of no method and no model, so that equal reasons are equal.
     """
     model, told = _plain(family), configured(method)
-    keep = None if getattr(told, "own_budget", False) else 0.5
+    keep = None if told.own_budget else 0.5
     try:
         patch(model, told, keep=keep).remove()
     except (EvidenceError, UnsupportedModelError) as error:

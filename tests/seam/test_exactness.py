@@ -24,7 +24,7 @@ def hold(equality, family, name):
     if reason := matrix.exempt(equality, **place):
         pytest.skip(reason)
     told = matrix.configured(name)
-    keeps = [None] if getattr(told, "own_budget", False) else QUARTER[told.stage]
+    keeps = [None] if told.own_budget else QUARTER[told.stage]
     checks.check(equality, world(family), name, keeps)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core import keep as keeping
-from vlmcompress.core.errors import EvidenceError, UnsupportedInputError
+from vlmcompress.core.errors import ConfigError, EvidenceError, UnsupportedInputError
 from vlmcompress.core.keep import AutoKeep, Keep
 from vlmcompress.core.tokens import Segment, VisualTokens
 from vlmcompress.methods.ops.shares import apportion, at_least_one
@@ -105,6 +105,28 @@ class Method(ABC):
     count_kind: ClassVar[CountKind] = "exact"
     training_free: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether the method's options say how many tokens stay, so that `keep` must not."""
+        return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parts that are trained."""
+        return False
+
+    def budgeted(self, keep: float | int | None, example: float = 0.5) -> float | int:
+        """`keep`, which a method without a budget of its own must be given.
+
+        Raises:
+            ConfigError: for None, with an example of how to write one.
+        """
+        if keep is None:
+            raise ConfigError(
+                f"{self.name} has no budget: write '{self.name}:{example}', for example."
+            )
+        return keep
 
     def needs(self) -> Needs:
         """The evidence this method reads."""

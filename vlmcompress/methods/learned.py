@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmcompress.core.errors import CheckpointError, ConfigError, ConfigTypeError
+from vlmcompress.core.errors import CheckpointError, ConfigError, ConfigTypeError, EvidenceError
 
 FORMAT = 1
 _HEADER = "vlmcompress"
@@ -110,6 +110,20 @@ def fresh(make: Callable[[], Parts], seed: int, weights: str | None) -> Parts:
         parts = make().float()
     if weights is not None:
         parts.load(weights)
+    return parts
+
+
+def required(parts: Learned | None, kind: type[Parts], where: str) -> Parts:
+    """The parts of a method that acts in the tower or in the LLM (`where`).
+
+    Raises:
+        EvidenceError: when there are none of that kind.
+    """
+    if not isinstance(parts, kind):
+        raise EvidenceError(
+            f"A method in the {where} needs its trained parts ({kind.__name__}), and the state has "
+            f"{type(parts).__name__}; pass what its `parts` makes."
+        )
     return parts
 
 

@@ -175,7 +175,7 @@ def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any)
         pairs: list[Pair] = list(zip(now.config.stages, now.templates, strict=True))
     else:
         pairs = _parse(method, "")
-        open_stages = [s for s, own in pairs if s.keep is None and not _own_budget(own)]
+        open_stages = [s for s, own in pairs if s.keep is None and not own.own_budget]
         if keep is None and len(open_stages) == len(now.config.stages) == 1:
             keep = now.config.stages[0].keep
     source = method if isinstance(method, CompressionConfig) else now.config
@@ -335,7 +335,7 @@ def _with_keep(pairs: Sequence[Pair], keep: Any) -> tuple[StageConfig, ...]:
             for i, stage in enumerate(stages)
         )
     for stage, (_, method) in zip(stages, pairs, strict=True):
-        if stage.keep is None and not _own_budget(method):
+        if stage.keep is None and not method.own_budget:
             raise ConfigError(
                 f"Method {stage.method!r} has no budget: pass keep=..., for example keep=0.1, or "
                 f"write '{stage.method}:0.1'."
@@ -345,7 +345,7 @@ def _with_keep(pairs: Sequence[Pair], keep: Any) -> tuple[StageConfig, ...]:
 
 def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
     """Stages that one `keep` is for: the connector's that have none, else those of other stages."""
-    bare = {i for i, (s, m) in enumerate(pairs) if s.keep is None and not _own_budget(m)}
+    bare = {i for i, (s, m) in enumerate(pairs) if s.keep is None and not m.own_budget}
     connector = {i for i, (_, m) in enumerate(pairs) if isinstance(m, TokenCompressor)}
     if connector & bare:
         return connector & bare
@@ -353,10 +353,6 @@ def _meant_by_keep(pairs: Sequence[Pair]) -> set[int]:
         return bare
     # A single one is overridden, so that sweeps need not take the pipeline apart.
     return connector if len(connector) == 1 else {0} if len(pairs) == 1 else set()
-
-
-def _own_budget(method: Method) -> bool:
-    return isinstance(method, TowerReducer | LayerMethod) and method.own_budget
 
 
 def _seeded(method: Any, seed: int) -> Any:

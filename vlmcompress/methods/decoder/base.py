@@ -20,7 +20,7 @@ from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError, EvidenceError
 from vlmcompress.methods.base import Layer, Method, Stage
 from vlmcompress.methods.decoder.attention import DecoderAttention
-from vlmcompress.methods.learned import Learned, Parts
+from vlmcompress.methods.learned import Learned, Parts, required
 from vlmcompress.methods.ops.topk import ranks
 from vlmcompress.methods.options import resolve_layer
 
@@ -117,12 +117,7 @@ class DecoderState:
         Raises:
             EvidenceError: when the state has none of that kind.
         """
-        if not isinstance(self.parts, kind):
-            raise EvidenceError(
-                f"A method in the LLM needs its trained parts ({kind.__name__}), and the state has "
-                f"{type(self.parts).__name__}; pass what its `parts` makes."
-            )
-        return self.parts
+        return required(self.parts, kind, "LLM")
 
     @property
     def last(self) -> Tensor:
@@ -167,16 +162,6 @@ class LayerMethod(Method):
 
     stage: ClassVar[Stage] = "decoder"
     looks_at: ClassVar[str] = ""
-
-    @property
-    def own_budget(self) -> bool:
-        """Whether the method's options say how many tokens stay, so that `keep` must not."""
-        return False
-
-    @property
-    def learns(self) -> bool:
-        """Whether it has parts that are trained."""
-        return False
 
     def parts(self, shape: DecoderShape) -> Learned | None:
         """What the method learns, from its file or untrained; None where it learns nothing.
@@ -248,9 +233,7 @@ class LayerReducer(LayerMethod):
         Raises:
             ConfigError: without one.
         """
-        if keep is None:
-            raise ConfigError(f"{self.name} has no budget: write '{self.name}:0.5', for example.")
-        return keeping.count(keep, n)
+        return keeping.count(self.budgeted(keep), n)
 
 
 class LayerPruner(LayerReducer):

@@ -19,7 +19,7 @@ from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError, EvidenceError
 from vlmcompress.core.tokens import follow, joined_mass, moved_to
 from vlmcompress.methods.base import Layer, Method, Stage
-from vlmcompress.methods.learned import Learned, Parts
+from vlmcompress.methods.learned import Learned, Parts, required
 from vlmcompress.methods.options import resolve_layer
 from vlmcompress.methods.tower.shape import TowerShape
 
@@ -129,12 +129,7 @@ class TowerState:
         Raises:
             EvidenceError: when the state has none of that kind.
         """
-        if not isinstance(self.parts, kind):
-            raise EvidenceError(
-                f"A method in the tower needs its trained parts ({kind.__name__}), and the state "
-                f"has {type(self.parts).__name__}; pass what its `parts` makes."
-            )
-        return self.parts
+        return required(self.parts, kind, "tower")
 
     def select(self, rows: Tensor) -> TowerState:
         """Keep `rows` ([b, m], [CLS] among them) and drop the others."""
@@ -211,11 +206,6 @@ class TowerReducer(Method):
         """Whether later blocks add log(mass) to each key's logits (proportional attention)."""
         return False
 
-    @property
-    def own_budget(self) -> bool:
-        """Whether the method's options say how many tokens stay, so that `keep` must not."""
-        return False
-
     def tokens_kept(self, n: int, keep: float | int) -> int:
         """Patches left of `n`, known before any pixel is seen; the fewest, where they come back."""
         return keeping.count(keep, n)
@@ -241,11 +231,6 @@ class TowerReducer(Method):
     def reduce(self, layer: int, state: TowerState, k: int) -> TowerState:
         """The state with `k` patches, [CLS] first."""
 
-    @property
-    def learns(self) -> bool:
-        """Whether it has parts that are trained."""
-        return False
-
     def parts(self, shape: TowerShape) -> Learned | None:
         """What the method learns, from its file or untrained; None where it learns nothing.
 
@@ -260,9 +245,7 @@ class TowerReducer(Method):
         Raises:
             ConfigError: without one.
         """
-        if keep is None:
-            raise ConfigError(f"{self.name} has no budget: write '{self.name}:0.5', for example.")
-        return self.tokens_kept(n, keep)
+        return self.tokens_kept(n, self.budgeted(keep))
 
 
 def layers_within(

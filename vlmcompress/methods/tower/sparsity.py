@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core import keep as keeping
-from vlmcompress.core.errors import ConfigError
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.tower.base import TowerAttention, TowerReducer, TowerState
 
@@ -42,9 +41,7 @@ class AttentionSparsifier(TowerReducer):
         Raises:
             ConfigError: without a budget.
         """
-        if keep is None:
-            raise ConfigError(f"{self.name} has no budget: write '{self.name}:0.25', for example.")
-        return keeping.count(keep, n)
+        return keeping.count(self.budgeted(keep, 0.25), n)
 
     @abstractmethod
     def connections(
