@@ -228,15 +228,13 @@ def _rows(
     prompt: int | None,
 ) -> Rows:
     """All columns of the call; which of them are visual, where methods act on them."""
-    valid = torch.ones(new.shape, dtype=torch.bool, device=new.device)
-    if record is None:
-        if mask is not None:
-            valid = mask[:, -new.shape[1] :].bool()
-        return Rows.all(torch.zeros_like(valid), valid, full=True)
-    full = True
-    if mask is not None:
+    if mask is None:
+        valid = torch.ones(new.shape, dtype=torch.bool, device=new.device)
+    else:
         valid = mask[:, -new.shape[1] :].bool()
-        full = bool(valid.all())
+    if record is None:
+        return Rows.all(torch.zeros_like(valid), valid, full=True)
+    full = mask is None or bool(valid.all())
     visual = torch.eq(new, model.config.image_token_id) & valid
     unit, place, grid = _places(visual, record)
     return Rows.all(
@@ -266,9 +264,10 @@ def _places(visual: Tensor, record: CallRecord) -> tuple[Tensor, Tensor, Tensor]
     flat = torch.cat([units.to(device)[:, None], torch.cat(tables).to(device)], 1)
     one = flat.new_tensor([-1, 0, 0, 1, 1]).repeat(record.batch, visual.shape[1], 1)
     there = visual[::copies]
-    if int(there.sum()) != len(flat):
+    given = int(there.sum())
+    if given != len(flat):
         raise UnsupportedInputError(
-            f"The language model was given {int(there.sum())} of the prompt's {len(flat)} visual "
+            f"The language model was given {given} of the prompt's {len(flat)} visual "
             "tokens; methods inside it need the prompt in one piece, without prefill_chunk_size."
         )
     one[there] = flat

@@ -64,11 +64,8 @@ def _before_forward(
         _enter_generated(module, state, by_name(type(module).forward, given, named))
         return changed
     call = by_name(type(module).forward, args, kwargs)
-    decoder.enter(module, state, call)
     record = conversation.record_of(call.get("past_key_values"))
-    if not state.active and record is None:
-        return None
-    if calls.carries_images(call):
+    if calls.carries_images(call) and (state.active or record is not None):
         return (), _shorten(module, state, call)
     if record is not None:
         # Also while disabled: the cache is short whatever happens now.
@@ -76,7 +73,8 @@ def _before_forward(
         arguments, _, _ = conversation.forward_turn(module, state.family, call, record, None)
         decoder.enter(module, state, arguments)
         return (), arguments
-    if call.get("past_key_values") is None:
+    decoder.enter(module, state, call)
+    if state.active and call.get("past_key_values") is None:
         state.calls["without"] += 1
     return None
 

@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 
 
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows
+
+
 class Halves:
     """The state of one layer in halves.
+
+    Args:
+        rows: between [B, R, d] and the order of axes that the layer works in, either way.
 
     Attributes:
         which: half that runs; None where a layer runs whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Callable[[Tensor], Tensor] = _as_they_are) -> None:
+        self._rows = rows
         self.which: Literal["attention", "mlp"] | None = None
         self._between: Tensor | None = None
         self._answer: Any = None
@@ -31,7 +39,7 @@ class Halves:
         """The output of a layer.
 
         Args:
-            forward: of the layer.
+            forward: of the layer, on rows [B, R, d].
             hidden: [B, R, d].
             between: what is done to the rows between the halves.
         """
@@ -48,7 +56,9 @@ class Halves:
     def attention(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What a layer's attention does while the layer runs in halves."""
+        """What a layer's attention does."""
+        if self.which is None:
+            return forward(*args, **kwargs)
         if self.which != "mlp":
             self._answer = forward(*args, **kwargs)
             return self._answer
@@ -57,9 +67,12 @@ class Halves:
 
     def nothing(self, like: Tensor) -> Tensor:
         """What a part that is passed over adds."""
-        return torch.zeros_like(like[:, :1])
+        return torch.zeros_like(self._first(like))
 
     def hold(self, hidden: Tensor) -> Tensor:
         """Take the rows off before the second norm; one goes on, so that shapes fit."""
-        self._between = hidden
-        return hidden[:, :1]
+        self._between = self._rows(hidden)
+        return self._first(hidden)
+
+    def _first(self, hidden: Tensor) -> Tensor:
+        return self._rows(self._rows(hidden)[:, :1])

@@ -60,7 +60,7 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs:
 
 def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run = _run_of(self)
-    if run is None or run.halves.which is None:
+    if run is None:
         return own_forward(self, *args, **kwargs)
     return run.halves.attention(partial(own_forward, self), args, kwargs)
 

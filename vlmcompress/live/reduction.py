@@ -23,27 +23,25 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if run is None:
         return own_forward(self, *args, **kwargs)
     given = args[0] if args else kwargs["hidden_states"]
-    if run.half == "mlp":
-        return run.passed_over("attention", given)
     if isinstance(run, SparseRun) and run.sparsifies:
         return run.attention(self, given, kwargs)
-    if run.reduced:
+    if run.reduced and not run.idle:
         args, kwargs = run.weighed(args, kwargs, given.dtype)
-    return run.output(own_forward(self, *args, **kwargs))
+    return run.halves.attention(partial(own_forward, self), args, kwargs)
 
 
 def _mlp_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run = _run()
-    if run is not None and run.half == "attention":
-        return run.passed_over("mlp", args[0])
+    if run is not None and run.halves.which == "attention":
+        return run.halves.nothing(args[0])
     return own_forward(self, *args, **kwargs)
 
 
 def _before_second_norm(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     run = _run()
-    if run is None or run.half != "attention":
+    if run is None or run.halves.which != "attention":
         return None
-    return (run.hold(args[0]), *args[1:])
+    return (run.halves.hold(args[0]), *args[1:])
 
 
 def _on_values(layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -79,7 +79,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether no block's attention runs right now that evidence could be read from."""
-        return self.run is not None and self.run.half in ("ahead", "mlp")
+        return self.run is not None and self.run.idle
 
     def reads(self, layer: int) -> bool:
         """Whether anything is wanted from `layer`."""

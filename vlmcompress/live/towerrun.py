@@ -1,9 +1,7 @@
 """One pass of a tower whose tokens are reduced between its blocks.
 
-Many methods act between a block's attention and its MLP. To get there with the block's own forward
-it runs twice: once until its second norm, where the rows are taken off and the MLP passed over, and
-once on the fewer rows with the attention passed over, adding nothing. No step is computed twice but
-the first norm, and none is rewritten here.
+Many methods act between a block's attention and its MLP, where blocks run in halves. No step is
+computed twice but the first norm, and none is rewritten here.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.tokens import follow
 from vlmcompress.families.towers import QueriesKeys, Tower
+from vlmcompress.live.halves import Halves
 from vlmcompress.methods.ops.merging import group_mean, group_sum
 from vlmcompress.methods.pipeline import TowerStage
 from vlmcompress.methods.stages import NAN_REMEDY
@@ -38,8 +37,7 @@ class TowerRun:
         in_order: whether rows leave that one in the order of their places.
 
     Attributes:
-        half: which half of a block runs, or that its queries and keys are computed ahead of it;
-            None where it runs whole.
+        halves: of a block that runs in two.
     """
 
     def __init__(
@@ -52,10 +50,9 @@ class TowerRun:
         self._plan: tuple[int, ...] = ()
         self._state: TowerState | None = None
         self._layer = -1
-        self._held: Tensor | None = None
         self._seen: dict[int, TowerState] = {}
-        self._plain_output = False
-        self.half: Literal["ahead", "attention", "mlp"] | None = None
+        self._looks_ahead = False
+        self.halves = Halves(tower.rows)
 
     @property
     def state(self) -> TowerState:
@@ -92,6 +89,11 @@ class TowerRun:
     def keys(self) -> tuple[int, ...]:
         """Keys that a query looks at in each layer; empty where it looks at all."""
         return ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no block's attention runs right now that evidence could be read from."""
+        return self._looks_ahead or self.halves.which == "mlp"
 
     @property
     def ran(self) -> int | None:
@@ -172,14 +174,7 @@ class TowerRun:
             return forward(self._reduce(hidden, k))
         if place == "after":
             return self._reduce(forward(hidden), k)
-        self.half = "attention"
-        forward(hidden)
-        assert self._held is not None  # the norm's hook saw to it
-        hidden, self._held = self._reduce(self._held, k), None
-        self.half = "mlp"
-        output = forward(hidden)
-        self.half = None
-        return output
+        return self.halves.run(forward, hidden, lambda between: self._reduce(between, k))
 
     def _given_back(self, layer: int, hidden: Tensor) -> Tensor:
         """A block's output, its patches made again where the plan rises."""
@@ -193,12 +188,12 @@ class TowerRun:
     @torch.no_grad()
     def _look_ahead(self, module: nn.Module, hidden: Tensor) -> None:
         """Queries and keys that a block is about to make, from its own norm and projections."""
-        self.half = "ahead"
+        self._looks_ahead = True
         tower = self._tower
         attention = module.get_submodule(tower.attention)
         normed = module.get_submodule(tower.first_norm)(tower.rows(hidden))
         qk = tower.queries_keys(attention, tower.projected(attention, normed), {})
-        self.half = None
+        self._looks_ahead = False
         self._view(qk, None)
 
     def _view(self, qk: QueriesKeys, values: Tensor | None) -> None:
@@ -259,23 +254,6 @@ class TowerRun:
         )
         shown = torch.take_along_dim(self._shown(hidden, 1), rows[..., None], 1)
         return self._with_registers(shown, hidden[:, c : c + r])
-
-    def hold(self, hidden: Tensor) -> Tensor:
-        """Take the rows off at the second norm; one goes on, so that shapes fit."""
-        rows = self._tower.rows(hidden)
-        self._held = rows
-        return self._tower.rows(rows[:, :1])
-
-    def passed_over(self, name: str, given: Tensor) -> Any:
-        """What an attention or MLP that is passed over gives: nothing to add."""
-        rows = self._tower.rows
-        nothing = torch.zeros_like(rows(rows(given)[:, :1]))
-        return nothing if name == "mlp" or self._plain_output else (nothing, None)
-
-    def output(self, output: Any) -> Any:
-        """Remember in which shape an attention answers."""
-        self._plain_output = isinstance(output, Tensor)
-        return output
 
     def saw(self, layer: int, qk: QueriesKeys, values: Tensor | None) -> QueriesKeys:
         """A block's queries and keys, for the method and for later evidence."""

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmcompress.core.errors import ConfigError
-from vlmcompress.methods.decoder.base import (
-    DecoderState,
-    LayerPruner,
-    Positions,
-    Reads,
-)
+from vlmcompress.methods.decoder.attending import packed
+from vlmcompress.methods.decoder.base import DecoderState, LayerPruner, Positions, Reads
 from vlmcompress.methods.decoder.schedule import Scheduled
 
 
@@ -75,11 +71,10 @@ class PyramidDrop(Scheduled, LayerPruner):
         """
         if state.answers is None:
             return state.last
-        rows = torch.arange(state.answers.shape[1], device=state.answers.device)
-        most = max(1, int(state.answers.sum(1).max()))
-        order = (~state.answers).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        there = state.answers.gather(1, order)
-        return torch.where(there, rows[order], torch.where(there[:, :1], order[:, :1], state.last))
+        rows, there = packed(state.answers)
+        if not rows.shape[1]:
+            return state.last
+        return torch.where(there, rows, torch.where(there[:, :1], rows[:, :1], state.last))
 
     def score(self, state: DecoderState) -> Tensor:
         """[B, L] attention, averaged over heads and the rows that ask."""

@@ -41,14 +41,8 @@ class _Watch:
         ]
 
 
-@dataclass(frozen=True)
-class LayerWatch(LayerExit):
-    """Never leaves the language model, and remembers how alike rows are.
-
-    It is no method of the registry: an instance belongs to one model and is read with `take`.
-    """
-
-    name: ClassVar[str] = "layer_watch"
+class _Watching:
+    """What methods that only look have in common."""
 
     def __post_init__(self) -> None:
         """Begin with nothing."""
@@ -61,27 +55,23 @@ class LayerWatch(LayerExit):
         return watch.saw(layer, before, after)
 
     def take(self) -> list[tuple[Tensor, Tensor]]:
-        """Similarities and rows of each forward since."""
+        """Similarities and states of each pass since."""
         watch: _Watch = vars(self)["watch"]
         return watch.take()
 
 
 @dataclass(frozen=True)
-class TowerWatch(TowerExit):
+class LayerWatch(_Watching, LayerExit):
+    """Never leaves the language model, and remembers how alike rows are.
+
+    It is no method of the registry: an instance belongs to one model and is read with `take`.
+    """
+
+    name: ClassVar[str] = "layer_watch"
+
+
+@dataclass(frozen=True)
+class TowerWatch(_Watching, TowerExit):
     """The same in a tower."""
 
     name: ClassVar[str] = "tower_watch"
-
-    def __post_init__(self) -> None:
-        """Begin with nothing."""
-        object.__setattr__(self, "watch", _Watch())
-
-    def leaves(self, layer: int, depth: int, before: Tensor, after: Tensor) -> Tensor:
-        """Never."""
-        watch: _Watch = vars(self)["watch"]
-        return watch.saw(layer, before, after)
-
-    def take(self) -> list[tuple[Tensor, Tensor]]:
-        """Similarities and patches of each pass since."""
-        watch: _Watch = vars(self)["watch"]
-        return watch.take()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -22,14 +26,34 @@ def agreement(before: Tensor, after: Tensor) -> Tensor:
     return similar if similar.ndim == 1 else similar.flatten(1).mean(1)
 
 
-def check_exit(method: str, threshold: object, first: Layer) -> None:
-    """Check the options of an early exit.
+@dataclass(frozen=True)
+class LeavesAlike:
+    """What early exits by similarity have in common, in the tower and in the LLM.
 
-    Raises:
-        ConfigTypeError, ConfigError: for values that make no sense.
+    Attributes:
+        threshold: cosine similarity; above 1 nothing leaves early, and nothing is computed for it.
+        first: the earliest layer behind which rows may leave.
     """
-    check_number(method, "threshold", threshold, -1, 2)
-    first_exit(first, None)
+
+    name: ClassVar[str]
+    threshold: float = 0.99
+    first: Layer = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_number(self.name, "threshold", self.threshold, -1, 2)
+        first_exit(self.first, None)
+
+    @property
+    def never(self) -> bool:
+        """Above 1."""
+        return self.threshold > 1
+
+    def leaves(self, layer: int, depth: int, before: Tensor, after: Tensor) -> Tensor:
+        """[B] bool, where rows are as before."""
+        if layer < first_exit(self.first, depth):
+            return torch.zeros(len(before), dtype=torch.bool, device=before.device)
+        return agreement(before, after) >= self.threshold
 
 
 def first_exit(first: Layer, depth: int | None) -> int:

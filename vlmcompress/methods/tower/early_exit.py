@@ -8,16 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from vlmcompress.methods.base import Layer
-from vlmcompress.methods.ops.similarity import agreement, check_exit, first_exit
+from vlmcompress.methods.ops.similarity import LeavesAlike, first_exit
 from vlmcompress.methods.tower.exiting import TowerExit
 
 
 @dataclass(frozen=True)
-class EarlyExitTower(TowerExit):
+class EarlyExitTower(LeavesAlike, TowerExit):
     """Leave behind the first block that turns the patches by less than an angle on average.
 
     Compared is each patch as it came into the block and as it came out of it; the mean cosine over
@@ -33,25 +29,8 @@ class EarlyExitTower(TowerExit):
 
     name: ClassVar[str] = "early_exit_tower"
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.00255"
-    threshold: float = 0.99
-    first: Layer = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_exit(self.name, self.threshold, self.first)
-
-    @property
-    def never(self) -> bool:
-        """Above 1."""
-        return self.threshold > 1
 
     def schedule(self, n: int, keep: float | int | None, depth: int, last: int) -> tuple[int, ...]:
         """All patches in every layer; `first` must be one."""
         first_exit(self.first, depth)
         return super().schedule(n, keep, depth, last)
-
-    def leaves(self, layer: int, depth: int, before: Tensor, after: Tensor) -> Tensor:
-        """Where patches are as before."""
-        if layer < first_exit(self.first, depth):
-            return torch.zeros(len(before), dtype=torch.bool, device=before.device)
-        return agreement(before, after) >= self.threshold
