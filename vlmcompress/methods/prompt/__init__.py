@@ -1,0 +1,1 @@
+"""Parts of methods that rewrite the embedded prompt, one file each."""
