@@ -47,6 +47,16 @@ def middles(size: Size, cells: Size) -> Tensor:
     return (y[:, None] * size[1] + x).flatten()
 
 
+def as_map(rows: Tensor, size: Size) -> Tensor:
+    """[b, h * w, d] rows in raster order as a map, [b, d, h, w]."""
+    return rows.transpose(1, 2).reshape(len(rows), -1, *size)
+
+
+def as_rows(maps: Tensor) -> Tensor:
+    """[b, d, h, w] maps as rows in raster order, [b, h * w, d]."""
+    return maps.flatten(2).transpose(1, 2)
+
+
 def _cut(length: int, k: int) -> tuple[Tensor, Tensor]:
     """One side in nearly equal intervals: the places in each, [k, longest], and which it has."""
     start, stop = torch.tensor(edges(length, k)).T
