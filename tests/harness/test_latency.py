@@ -14,6 +14,8 @@ from eval_harness.stages import parts, timed_call
 from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import ConfigError, UnsupportedModelError
 
+STAGES = ("tower", "evidence", "selection", "connector", "prefill", "other")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -35,9 +37,12 @@ def test_rounds_alternate():
 
 
 def test_summary():
-    found = rounds.summary([float(i) for i in range(11)])
-    assert found == {"median": 5.0, "p90": 9.0, "min": 0.0}
-    assert rounds.summary([2.0]) == {"median": 2.0, "p90": 2.0, "min": 2.0}
+    found = rounds.summary([float(i) for i in range(101)])
+    expected = {"median": 50.0, "mean": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "min": 0.0}
+    assert found == {**expected, "stdev": pytest.approx(29.3, abs=0.01)}
+    alone = rounds.summary([2.0])
+    assert alone.pop("stdev") == 0
+    assert set(alone.values()) == {2.0}
 
 
 def test_stages_add_up_and_hooks_are_gone(model):
@@ -104,8 +109,11 @@ def test_each_configuration(results):
         assert (base["prompt_tokens"], row["prompt_tokens"]) == (100, 64 + kept)
         assert row["kv_bytes"] * 100 == base["kv_bytes"] * (64 + kept)
         assert row["flops"]["prefill"] < base["flops"]["prefill"]
-        assert set(row["ttft"]) == {"median", "p90", "min"}
-        assert set(row["stages"]) == {"tower", "selection", "connector", "prefill"}
+        assert set(row["ttft"]) == {"median", "mean", "stdev", "p90", "p95", "p99", "min"}
+        assert set(row["stages"]) == set(STAGES)
+        assert row["ttft_from_image"] is None  # tensors were given
+        assert row["ideal_ratio"] > 0
+        assert row["tokens_in_layers"] == [kept] * 3
         assert row["speedup"] > 0
         assert row["tpot"] > 0
         assert row["peak_memory_bytes"] is None
