@@ -101,7 +101,7 @@ class QueryCondenser(Learned):
         keys, values = (
             project(levels)[:, rows].flatten(0, 1) for project in (self.k_proj, self.v_proj)
         )
-        empty = None if bool(filled.all()) else ~filled.repeat(b, 1)
+        empty = ~filled.repeat(b, 1) if rows.numel() > levels.shape[1] else None
         out, _ = self.clip_attn(
             queries.reshape(b * k, 1, width), keys, values, empty, need_weights=False
         )
