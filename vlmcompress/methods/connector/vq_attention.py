@@ -1,4 +1,4 @@
-"""VQ-Attention: codes and the places of their tokens combined (arXiv 2503.16980, §3.3)."""
+"""VQ-Attention: codes and the places of their tokens combined (VQToken, arXiv 2503.16980)."""
 
 from __future__ import annotations
 

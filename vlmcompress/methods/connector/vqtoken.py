@@ -1,4 +1,4 @@
-"""VQToken: codes of clusters in place of the tokens (arXiv 2503.16980, §3)."""
+"""VQToken: codes of clusters in place of the tokens (arXiv 2503.16980)."""
 
 from __future__ import annotations
 
@@ -125,6 +125,12 @@ class VQToken(Clustered):
             return super().adapt(tokens)
         trials, chosen = self.searched(tokens, directions(self.name, tokens))
         return self.compress(tokens, trials[only(self.name, chosen)].k)
+
+    def start(self, tokens: VisualTokens, x: Tensor, k: int) -> Tensor:
+        """The centres, [b, k, d], that k-means begins with; as released, of plain k-means++."""
+        if not self.faithful:
+            return super().start(tokens, x, k)
+        return kmeans.seeds(x, k, self.seed, candidates=1, weights=tokens.mass)
 
     def trials(self, tokens: VisualTokens, x: Tensor, sizes: Sequence[int]) -> list[Clusters]:
         """Clusters of each size; as released, each from a start of its own."""

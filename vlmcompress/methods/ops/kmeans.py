@@ -1,7 +1,7 @@
 """K-means by cosine, all units of a batch at once, and what tells how many clusters there are.
 
 Rows are of unit length. Nothing here draws from the global random state, and a unit's clusters do
-not depend on the others of its batch. `seeds` is k-means++ (Arthur and Vassilvitskii, 2007).
+not depend on the others of its batch. It starts as k-means++ (Arthur and Vassilvitskii, 2007) does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vlmcompress.methods.ops.merging import group_mean, group_sum
 
 #: Added to every squared distance that k-means++ draws by, as VQToken's released code does.
 _FLOOR = 1e-6
+#: Between the generators of two seeds; there are fewer centres.
+_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,26 @@ def unit(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def seeds(
-    x: Tensor, k: int, seed: int, *, weights: Tensor | None = None, given: Tensor | None = None
+    x: Tensor,
+    k: int,
+    seed: int,
+    *,
+    candidates: int = 4,
+    weights: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
-    """Starting centres by k-means++: [b, k, d], different rows of each unit.
+    """Starting centres by greedy k-means++: [b, k, d], different rows of each unit.
 
-    The first is drawn evenly, every other one with a chance in proportion to its squared distance
-    to the nearest centre so far. All units draw with the same numbers, made by a generator of their
-    own on the CPU; centre i has its numbers whatever k is.
+    The first is drawn evenly. For every other one some rows are drawn with a chance in proportion
+    to their squared distance to the nearest centre so far, and the one that leaves the smallest sum
+    of these distances is taken; a single candidate is plain k-means++. All units draw with the same
+    numbers, made by generators of their own on the CPU; centre i has its numbers whatever k is.
 
     Args:
         x: [b, n, d] of unit length.
         k: centres, at most n.
         seed: of the draws.
+        candidates: rows drawn for each centre.
         weights: [b, n] how often each row counts; once when not given.
         given: [b, m, d] centres that there are already and that come first.
 
@@ -65,9 +75,6 @@ def seeds(
     b, n, _ = x.shape
     if not 1 <= k <= n:
         raise ConfigError(f"{n} tokens have no {k} clusters; ask for 1 to {n}.")
-    # The largest of weight / Exp(1) is a draw by weight: no running sum, which devices round apart.
-    race = torch.empty(k, n).exponential_(generator=torch.Generator().manual_seed(seed))
-    race = race.clamp(min=torch.finfo(race.dtype).tiny).to(x.device)
     mass = x.new_ones(b, n) if weights is None else weights.to(x.dtype)
     centres = [] if given is None else list(given.unbind(1))
     gap = torch.full_like(mass, 4.0)  # the largest squared distance of two rows
@@ -75,13 +82,25 @@ def seeds(
         gap = (2 - 2 * _products(x, unit(given))).amin(2).clamp(min=0)
     chosen = torch.zeros_like(mass, dtype=torch.bool)
     for i in range(len(centres), k):
-        chance = (mass * (gap + _FLOOR) / race[i]).masked_fill(chosen, -1)
-        row = chance.argmax(1, keepdim=True)
+        # The largest of weight / Exp(1) is a draw by weight, without a running sum to be rounded.
+        race = _exponential(seed, i, candidates if centres else 1, n).to(x.device)
+        chance = (mass * (gap + _FLOOR))[:, None] / race
+        rows = chance.masked_fill(chosen[:, None], -1).argmax(2)
+        left = (2 - 2 * _products(x, _rows(x, rows))).clamp(min=0)
+        left = torch.minimum(gap[..., None], left)
+        best = (mass[..., None] * left).double().sum(1).argmin(1, keepdim=True)
+        gap = torch.take_along_dim(left, best[:, None], 2)[..., 0]
+        row = rows.gather(1, best)
         chosen = chosen.scatter(1, row, True)
-        centre = torch.take_along_dim(x, row[..., None], 1)
-        gap = torch.minimum(gap, (2 - 2 * _products(x, centre)[..., 0]).clamp(min=0))
-        centres.append(centre[:, 0])
+        centres.append(_rows(x, row)[:, 0])
     return torch.stack(centres, 1)
+
+
+def _exponential(seed: int, i: int, candidates: int, n: int) -> Tensor:
+    """[candidates, n] positive draws from Exp(1) for centre i."""
+    generator = torch.Generator().manual_seed((seed * _STRIDE + i) % 2**63)
+    draws = torch.empty(candidates, n).exponential_(generator=generator)
+    return draws.clamp(min=torch.finfo(draws.dtype).tiny)
 
 
 @torch.no_grad()
@@ -138,7 +157,7 @@ def filled(x: Tensor, clusters: Clusters) -> Tensor:
     empty = _sizes(labels, k) == 0
     if not bool(empty.any()):
         return labels
-    centres = torch.take_along_dim(unit(clusters.centres), labels[..., None], 1)
+    centres = _rows(unit(clusters.centres), labels)
     like = (x * centres).sum(2)
     mine = labels[..., None] == torch.arange(k, device=labels.device)
     best = torch.where(mine, like[..., None], -torch.inf).argmax(1)
@@ -174,7 +193,7 @@ def first_rows(labels: Tensor, k: int) -> Tensor:
 @torch.no_grad()
 def distortion(x: Tensor, clusters: Clusters) -> Tensor:
     """Sum of squared distances of the rows ([b, n, d]) to their centres: [b] float64."""
-    own = torch.take_along_dim(clusters.centres, clusters.labels[..., None], 1)
+    own = _rows(clusters.centres, clusters.labels)
     return (x - own).square().sum(2).double().sum(1)
 
 
@@ -218,6 +237,11 @@ def _sizes(labels: Tensor, k: int) -> Tensor:
     """[b, k] int64 rows of each cluster."""
     zeros = labels.new_zeros(len(labels), k)
     return zeros.scatter_add(1, labels, torch.ones_like(labels))
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` ([b, k]) of `values` ([b, n, d])."""
+    return torch.take_along_dim(values, index[..., None], 1)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
