@@ -35,6 +35,7 @@ class Clock:
                 f"The clock is {kind!r} on {self.device.type}; allowed are 'wall' and, for models "
                 "on CPU, 'cpu'."
             )
+        self.kind = kind
         self._now = time.process_time if kind == "cpu" else time.perf_counter
 
     def synchronize(self) -> None:

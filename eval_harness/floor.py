@@ -1,6 +1,6 @@
 """The two halves of the floor: the tower alone, and the prefill of a short prompt alone.
 
-And the ideal of methods inside the language model: each of its layers alone, at its own length.
+And the ideal of the prefill: each layer of the language model alone, at its own length.
 """
 
 from __future__ import annotations
@@ -42,13 +42,21 @@ def prefill_alone(parts: Parts, embeddings: Tensor, clock: Clock) -> float:
         return clock.time(call)
 
 
+def has_layers(parts: Parts) -> bool:
+    """Whether `layers_alone` knows the language model: layers as in Llama, all of one kind."""
+    model = parts.language_model
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    named = all(hasattr(model, name) for name in ("layers", "norm", "rotary_emb"))
+    return named and kinds == {"full_attention"}
+
+
 def layers_alone(parts: Parts, embeddings: Tensor, lengths: Sequence[int], clock: Clock) -> float:
     """Seconds of the language model's layers, each at its own length, and of its head.
 
     Every layer gets the first rows of the one before, nothing is chosen, and the cache is filled.
 
     Args:
-        parts: the model's; layers as in Llama, with 1-D positions.
+        parts: the model's; layers as in Llama.
         embeddings: [B, L, d] the embedded prompt.
         lengths: rows of each layer.
         clock: of the model's device.
@@ -56,8 +64,7 @@ def layers_alone(parts: Parts, embeddings: Tensor, lengths: Sequence[int], clock
     from transformers import DynamicCache
 
     model: Any = parts.language_model
-    where = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    cos, sin = model.rotary_emb(embeddings, position_ids=where)
+    cos, sin = model.rotary_emb(embeddings, position_ids=_positions(model, embeddings))
 
     def call() -> None:
         hidden, cache = embeddings, DynamicCache(config=model.config)
@@ -65,7 +72,7 @@ def layers_alone(parts: Parts, embeddings: Tensor, lengths: Sequence[int], clock
             hidden = layer(
                 hidden[:, :length],
                 attention_mask=None,
-                position_embeddings=(cos[:, :length], sin[:, :length]),
+                position_embeddings=(cos[..., :length, :], sin[..., :length, :]),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -73,3 +80,10 @@ def layers_alone(parts: Parts, embeddings: Tensor, lengths: Sequence[int], clock
 
     with torch.no_grad():
         return clock.time(call)
+
+
+def _positions(model: Any, embeddings: Tensor) -> Tensor:
+    """[1, L], or [3, 1, L] for rotary embeddings over time, height and width."""
+    where = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return where.expand(3, 1, -1) if "mrope_section" in rope else where

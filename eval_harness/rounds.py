@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from statistics import median, quantiles
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median, quantiles, stdev
+from typing import Any, TypeAlias, TypeVar
 
 Sample: TypeAlias = dict[str, float]
 Side: TypeAlias = Callable[[], Sample]
+S = TypeVar("S")
 
-_STAGES = ("tower", "selection", "connector", "prefill")
+_PERCENTILES = (90, 95, 99)
 
 
-def interleave(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, list[Sample]]:
+def interleave(
+    sides: Mapping[str, Callable[[], S]], repeats: int, warmup: int
+) -> dict[str, list[S]]:
     """Run every side once per round, each second round in reverse order (ABBA).
 
     Returns:
         {side: [sample of round 0, ...]} without the warm-up rounds.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    samples: dict[str, list[S]] = {name: [] for name in sides}
     for turn in range(-warmup, repeats):
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             sample = sides[name]()
@@ -28,25 +31,74 @@ def interleave(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, l
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, 90th percentile and minimum."""
-    p90 = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
-    return {"median": median(values), "p90": p90, "min": min(values)}
+    """Median, mean, standard deviation (0 of one value), percentiles 90, 95 and 99, minimum."""
+    several = len(values) > 1
+    cuts = quantiles(values, n=100, method="inclusive") if several else list(values) * 99
+    return {
+        "median": median(values),
+        "mean": fmean(values),
+        "stdev": stdev(values) if several else 0.0,
+        **{f"p{cut}": cuts[cut - 1] for cut in _PERCENTILES},
+        "min": min(values),
+    }
 
 
-def timings(samples: dict[str, list[Sample]], side: str = "method") -> dict[str, Any]:
-    """Times of a side: its TTFT, the median of each stage, and what the library itself reports."""
+def stages(row: Sample, reported: bool = True) -> Sample:
+    """One call's seconds by stage, in the order of the path; without `processor` they sum to TTFT.
+
+    Args:
+        row: what `timed_call` measured, `processor` and what the library reported of the same call.
+        reported: whether the library's own clock is the one that took the row's times: then the
+            evidence is told apart from the tower around it, and the selection from the rest.
+
+    Returns:
+        `processor` (where it was run), `tower`, `evidence`, `selection`, `connector`, `prefill` and
+        `other`: embedding look-up, placing the features, masks; the selection too where it is not
+        told apart.
+    """
+    evidence = row.get("reported_evidence", 0.0) if reported else 0.0
+    selection = row.get("reported_selection", 0.0) if reported else 0.0
+    return {
+        **({"processor": row["processor"]} if "processor" in row else {}),
+        "tower": row["tower"] - evidence,
+        "evidence": evidence,
+        "selection": selection,
+        "connector": row["connector"],
+        "prefill": row["prefill"],
+        "other": row["selection"] - selection,
+    }
+
+
+def timings(
+    samples: dict[str, list[Sample]], side: str = "method", reported: bool = True
+) -> dict[str, Any]:
+    """Times of a side: TTFT, the median of each stage, and what the library itself reports.
+
+    Args:
+        samples: of all rounds.
+        side: which one.
+        reported: as `stages` takes it.
+    """
     rows = samples[side]
+    split = [stages(row, reported) for row in rows]
     found: dict[str, Any] = {
         "ttft": summary([row["ttft"] for row in rows]),
-        "stages": {stage: median(row[stage] for row in rows) for stage in _STAGES},
+        "ttft_from_image": _from_image(rows),
+        "stages": {stage: median(row[stage] for row in split) for stage in split[0]},
     }
-    reported = sorted({key for row in rows for key in row if key.startswith("reported_")})
+    names = sorted({key for row in rows for key in row if key.startswith("reported_")})
     if side == "method":
         found["reported"] = {
             key.removeprefix("reported_"): median(row[key] for row in rows if key in row)
-            for key in reported
+            for key in names
         }
     return found
+
+
+def _from_image(rows: Sequence[Sample]) -> dict[str, float] | None:
+    if "processor" not in rows[0]:
+        return None
+    return summary([row["processor"] + row["ttft"] for row in rows])
 
 
 def against_floor(samples: dict[str, list[Sample]]) -> dict[str, Any]:
@@ -70,7 +122,7 @@ def against_floor(samples: dict[str, list[Sample]]) -> dict[str, Any]:
 
 
 def against_ideal(samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    """The prefill of a method inside the LLM over its layers alone, round by round."""
+    """The prefill over each layer of the language model alone at its own length, by round."""
     if "layers_alone" not in samples:
         return {"ideal_ratio": None}
     alone = [row["seconds"] for row in samples["layers_alone"]]

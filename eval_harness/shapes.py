@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
-from vlmcompress.core.errors import ConfigError
+from eval_harness import requests, shape_configs
 
-_CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_SHAPES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = MappingProxyType(
-    {
-        "llava-1.5-7b": (
-            _CLIP_L,
-            {
-                "hidden_size": 4096,
-                "intermediate_size": 11008,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 32,
-                "vocab_size": 32064,
-            },
-        ),
-        "llava-1.5-1b": (
-            _CLIP_L,
-            {
-                "hidden_size": 2048,
-                "intermediate_size": 5632,
-                "num_hidden_layers": 22,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 4,
-                "vocab_size": 32064,
-            },
-        ),
-        "tiny": (
-            {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "image_size": 48,
-                "patch_size": 8,
-            },
-            {
-                "hidden_size": 64,
-                "intermediate_size": 160,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "vocab_size": 256,
-            },
-        ),
-    }
-)
 _CLIP_L_TEXT = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -81,15 +27,14 @@ _CLIP_L_TEXT = {
     "vocab_size": 49408,
 }
 _POOL = 1_048_583  # a prime, so that tiled rows do not repeat
-_BOS, _FIRST_TEXT = 1, 3
 
 
 def names() -> list[str]:
     """Shapes that `build` knows."""
-    return list(_SHAPES)
+    return shape_configs.names()
 
 
-def config(name: str) -> LlavaConfig:
+def config(name: str) -> Any:
     """The configuration of a shape.
 
     Args:
@@ -98,17 +43,7 @@ def config(name: str) -> LlavaConfig:
     Raises:
         ConfigError: for another name.
     """
-    if name not in _SHAPES:
-        raise ConfigError(f"Unknown shape {name!r}; known shapes: {', '.join(_SHAPES)}.")
-    tower, text = _SHAPES[name]
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**tower),
-        text_config=LlamaConfig(**text, max_position_embeddings=4096),
-        image_token_index=text["vocab_size"] - 1,
-        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+    return shape_configs.shape(name).config()
 
 
 def build(
@@ -118,8 +53,8 @@ def build(
     *,
     attn_implementation: str = "sdpa",
     seed: int = 0,
-) -> LlavaForConditionalGeneration:
-    """A LLaVA of a known shape with random weights, in eval mode.
+) -> PreTrainedModel:
+    """A model of a known shape with random weights, in eval mode.
 
     Weights are made in `dtype` at once (no float32 copy) from one tiled pool of normal numbers.
 
@@ -137,15 +72,16 @@ def build(
     device = torch.device(device)
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), no_init_weights(), device:
-        model = LlavaForConditionalGeneration._from_config(
+        model: Any = AutoModelForImageTextToText.from_config(
             shape, dtype=dtype, attn_implementation=attn_implementation
         )
     _fill(model, seed)
     model.name_or_path = model.config._name_or_path = name
-    return model.eval()
+    model.eval()
+    return model
 
 
-def text_half(model: LlavaForConditionalGeneration, seed: int = 0) -> tuple[nn.Module, Any]:
+def text_half(model: PreTrainedModel, seed: int = 0) -> tuple[nn.Module, Any]:
     """What `patch(clip=...)` takes: the text half of a CLIP ViT-L/14, with random weights.
 
     Its vision half is a single block of the width of the model's tower, of which a text-aware
@@ -180,7 +116,7 @@ class _Words:
 
 def build_tower(
     name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> CLIPVisionModel:
+) -> PreTrainedModel:
     """The vision tower of a known shape alone, with random weights, in eval mode.
 
     Args:
@@ -191,9 +127,11 @@ def build_tower(
     device = torch.device(device)
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), no_init_weights(), device:
-        tower = CLIPVisionModel._from_config(config(name).vision_config, dtype=dtype)
+        tower: Any = AutoModel.from_config(config(name).vision_config, dtype=dtype)
     _fill(tower, seed=0)
-    return tower.eval()
+    tower.name_or_path = tower.config._name_or_path = name
+    tower.eval()
+    return tower
 
 
 @torch.no_grad()
@@ -210,9 +148,9 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 
 def example_inputs(
-    model: LlavaForConditionalGeneration, *, text_tokens: int = 64, seed: int = 0
+    model: PreTrainedModel, *, text_tokens: int = 64, seed: int = 0
 ) -> dict[str, Tensor]:
-    """One prompt with one image, on the model's device.
+    """One prompt with one image, on the model's device and in its dtype.
 
     Args:
         model: a model of `build`.
@@ -220,20 +158,7 @@ def example_inputs(
         seed: of pixels and ids.
 
     Returns:
-        `pixel_values` [1, 3, H, W] in the model's dtype, `input_ids` and `attention_mask` of
-        [1, n + text_tokens].
+        What the family's processor makes of a picture and a text: `pixel_values`, `input_ids` and
+        `attention_mask` of [1, L], and what tells the family of the picture's size.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tower: Any = model.config.vision_config
-    image = model.config.image_token_id
-    text = torch.randint(_FIRST_TEXT, image, (text_tokens,), generator=generator)
-    text[0] = _BOS
-    before = min(text_tokens - 1, max(1, text_tokens // 2))
-    placeholders = torch.full((model.config.image_seq_length,), image)
-    ids = torch.cat([text[:before], placeholders, text[before:]])[None]
-    pixels = torch.randn(1, 3, tower.image_size, tower.image_size, generator=generator)
-    return {
-        "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
+    return requests.of_shape(model, text_tokens=text_tokens, seed=seed).inputs(model)

@@ -19,16 +19,25 @@ _CONNECTORS = ("multi_modal_projector", "connector", "merger")
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules whose time is taken apart. A connector inside the tower is None."""
+    """The modules whose time is taken apart.
+
+    Attributes:
+        tower: the vision tower.
+        connector: what follows it; None where it has no module of its own.
+        language_model: without its head.
+        head: makes logits.
+        nested: whether the connector is a part of the tower, whose time then holds its time.
+    """
 
     tower: nn.Module
     connector: nn.Module | None
     language_model: nn.Module
     head: nn.Module
+    nested: bool = False
 
     def named(self) -> dict[str, nn.Module]:
         """Those that exist, by name."""
-        return {name: part for name, part in vars(self).items() if part is not None}
+        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
 
 
 def parts(model: nn.Module) -> Parts:
@@ -46,10 +55,14 @@ def parts(model: nn.Module) -> Parts:
             f"{type(model).__name__} has no tower, language model or head under a known name "
             f"(towers: {', '.join(_TOWERS)}); its stages cannot be timed."
         )
-    return Parts(tower, _first(base, _CONNECTORS), language_model, head)
+    connector = _first(base, _CONNECTORS)
+    nested = connector is None
+    if nested:
+        connector = _first(tower, _CONNECTORS)
+    return Parts(tower, connector, language_model, head, nested)
 
 
-def _first(base: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def _first(base: Any, names: tuple[str, ...]) -> nn.Module | None:
     return next((getattr(base, name) for name in names if hasattr(base, name)), None)
 
 
@@ -129,7 +142,8 @@ def timed_call(
     with traced(model_parts, clock, keep_embeddings) as trace, torch.no_grad():
         ttft = clock.time(lambda: output.append(call()))
     named = {part: trace.seconds(clock, part) for part in model_parts.named()}
-    tower, connector = named["tower"], named.get("connector", 0.0)
+    connector = named.get("connector", 0.0)
+    tower = named["tower"] - (connector if model_parts.nested else 0.0)
     prefill = named["language_model"] + named["head"]
     stages = {
         "ttft": ttft,
