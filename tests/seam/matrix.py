@@ -134,6 +134,9 @@ BESIDE = tuple(n for n in names("decoder") if not isinstance(configured(n), Laye
 #: Rows leave the layers before the last one.
 EXITS = tuple(n for n in names() if isinstance(configured(n), LayerExit | TowerExit))
 
+#: Between tower and language model, by trained weights.
+TRAINED = tuple(n for n in names("connector") if not configured(n).training_free)
+
 #: Methods whose options say how much stays, so that `keep` cannot.
 OWN_BUDGETS = tuple(n for n in names() if configured(n).own_budget)
 
@@ -148,6 +151,11 @@ _OF_KINDS = (
         "it changes what layers do, and drops no token",
         equality=("drop_is_mask", "cut_by_hand", "cache_bytes"),
         method=BESIDE,
+    ),
+    Exemption(
+        "its rows are made by trained weights, so that none of them is a token of the tower",
+        equality=("keep_all", "drop_is_mask"),
+        method=TRAINED,
     ),
     Exemption(
         "a call leaves the layers together, when all of its samples may",
@@ -221,6 +229,13 @@ EXEMPT: tuple[Exemption, ...] = (
         dtype=LOW,
     ),
     Exemption(
+        "which heads it edits, or which tokens it recycles together, hangs on thresholds and "
+        "orders that rounding decides; other batch shapes round differently",
+        equality=("batch_is_singles",),
+        method=("var", "sparsevlm"),
+        dtype=LOW,
+    ),
+    Exemption(
         "rows of its prompt see later ones, which block masks say that cannot be cut; it raises",
         method=tuple(names("decoder")),
         family=("paligemma",),
@@ -264,7 +279,7 @@ def absent(method: str, family: str) -> str | None:
     needs = create(method).needs()
     if needs.cls and family not in CLS_FAMILIES:
         return "the tower has no [CLS] token whose attention could be read"
-    if needs.attention and family not in READABLE_FAMILIES:
+    if needs.layers and family not in READABLE_FAMILIES:
         return "the tower's attention cannot be read"
     if needs.text and not text_readable(family):
         return "the tower's states before the connector cannot be read token by token"

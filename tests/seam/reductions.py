@@ -184,7 +184,7 @@ class Cutter:
             place = joined(place, self.place[source], 0)
         self.columns = columns
         self.place = torch.arange(len(columns)) if self._renumbers else place
-        return rows
+        return rows.to(states.dtype)  # what was heard in half precision is also cut in float32
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SegmentKind = Literal["image", "base", "tile", "frame"]
 
@@ -58,9 +58,10 @@ class Evidence:
         patches: [b, n, e] embeddings of the tokens in the space of `text`.
         norms: [b, n] length of the tower's state that the connector reads.
         outliers: [b, n] bool, tokens that a method with scores ranks after all others.
+        states: {layer: [b, n, d]} outputs of tower layers without [CLS].
 
     Layers are absolute indices (0 = first tower layer). Where several patches form one token,
-    attention is summed over them, keys and lengths are averaged.
+    attention is summed over them; keys, states and lengths are averaged.
     """
 
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Evidence:
     patches: Tensor | None = None
     norms: Tensor | None = None
     outliers: Tensor | None = None
+    states: Mapping[int, Tensor] = field(default_factory=dict)
 
     def take_units(self, units: Tensor) -> Evidence:
         """Evidence of some units only; `units` indexes the first dimension of every tensor."""
@@ -96,6 +98,7 @@ class Evidence:
             rows(self.patches),
             rows(self.norms),
             rows(self.outliers),
+            {i: _gather(s, index) for i, s in self.states.items()},
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
@@ -115,6 +118,7 @@ class Evidence:
             one(self.patches),
             one(self.norms),
             one(self.outliers),
+            rows(self.states),
         )
 
 
@@ -133,6 +137,7 @@ class VisualTokens:
         assignment: [b, n_full] row each uncompressed token went to, -1 where dropped; None while
             untouched.
         evidence: what methods asked for.
+        parts: what the method that is about to run has learnt; None where it learns nothing.
     """
 
     features: Tensor
@@ -143,6 +148,7 @@ class VisualTokens:
     tile: Tensor | None = None
     assignment: Tensor | None = None
     evidence: Evidence = field(default_factory=Evidence)
+    parts: nn.Module | None = None
 
     @classmethod
     def from_features(

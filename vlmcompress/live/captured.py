@@ -64,6 +64,7 @@ class Captured:
             wide_cls_attention=rows(self.session.wide_rows),
             cls_features=self._cls_features(units),
             norms=self._norms(units, layout),
+            states={layer: self._states(layer, units, layout) for layer in self.session.levels},
         )
         for captured in (*evidence.cls_attention.values(), *evidence.received_attention.values()):
             if captured.shape[-1] != n:
@@ -80,11 +81,13 @@ class Captured:
         units: Sequence[int],
         layout: Layout,
         reduce: Reduce,
+        *,
+        behind: bool = False,
     ) -> Tensor:
         """What was captured of a layer, brought through the reductions that came after it."""
         run = self.session.acted
         if run is not None:
-            values = [run.followed(layer, value, reduce) for value in values]
+            values = [run.followed(layer, value, reduce, behind=behind) for value in values]
         return self._by_token(values, units, layout, reduce)
 
     def _by_token(
@@ -107,10 +110,21 @@ class Captured:
         norms = norms[..., int(tower.has_cls) :]
         if run is not None:
             return norms.gather(1, run.order())[list(units)]
-        if norms.ndim > 1:
-            values = [norms[:, None]]
-        else:  # the patches of all images in one row
-            patches = len(norms) // sum(self.lengths)
-            parts = norms.split([n * patches for n in self.lengths])
-            values = [part[None, None] for part in parts]
+        values = [norms[:, None]] if norms.ndim > 1 else self._per_image(norms[None])
         return self._by_token(values, units, layout, "mean")[:, 0]
+
+    def _states(self, layer: int, units: Sequence[int], layout: Layout) -> Tensor:
+        """[units, n, d] outputs of a layer."""
+        states, tower = self.session.levels[layer], self.session.tower
+        assert tower is not None  # its layers were read
+        if states.ndim > 2:
+            values = [states[:, int(tower.has_cls) + tower.registers :].transpose(1, 2)]
+        else:
+            values = self._per_image(states.T)
+        return self._followed(layer, values, units, layout, "mean", behind=True).transpose(1, 2)
+
+    def _per_image(self, values: Tensor) -> list[Tensor]:
+        """Values of the patches of all images in one row ([c, patches]), as [1, c, n] of each."""
+        patches = values.shape[1] // sum(self.lengths)
+        parts = values.split([n * patches for n in self.lengths], 1)
+        return [part[None] for part in parts]

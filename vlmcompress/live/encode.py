@@ -194,6 +194,7 @@ class Encoder:
             layers.key_layers,
             last if last < len(self._layers) - 1 and may_skip(self._layers) else None,
             wide_layers=layers.wide_layers,
+            level_layers=layers.state_layers,
         )
         if self._pipeline.tower is not None:
             self._check_checkpointing()
@@ -231,7 +232,11 @@ class Encoder:
         arguments: Mapping[str, Any],
         out: list[Group],
     ) -> Tensor:
-        """Thin out what the connector reads ([b, n, d]); ragged results become one row."""
+        """Thin out what the connector reads ([b, n, d]); ragged results become one row.
+
+        Where rows of the language model come out already, the connector gets a single one to pass
+        over, and they take the place of its output.
+        """
         self._watch.add("tower", self._tower_began, self._watch.mark())
         run = session.reduced
         if run is not None:
@@ -248,6 +253,9 @@ class Encoder:
             rows = [group.features[i] for group, i in _by_owner(out)] if len(out) > 1 else []
             features = torch.cat(rows)[None] if rows else out[0].features
         self._connector_began = self._watch.mark()
+        if self._pipeline.replaces_connector:
+            session.replaced = features
+            return x[:1, :1]
         return features
 
     def _in_order(self, x: Tensor, run: TowerRun) -> Tensor:

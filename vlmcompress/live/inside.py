@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from vlmcompress.core.errors import EvidenceError, UnsupportedModelError
 from vlmcompress.families import Family
 from vlmcompress.families.towers import Tower
+from vlmcompress.live.connectorparts import patches_per_side, with_connector_parts
 from vlmcompress.live.layerparts import with_layer_parts
 from vlmcompress.live.sparserun import makes_attention
 from vlmcompress.methods.pipeline import Pipeline, TowerStage
@@ -69,8 +69,8 @@ def check_tower(family: Family, base: nn.Module, stage: TowerStage) -> None:
 def with_parts(
     family: Family, base: nn.Module, built: Pipeline, before: Pipeline | None = None
 ) -> Pipeline:
-    """`built` with what its methods in tower and language model learn; see `learning`."""
-    built = with_layer_parts(base, built, before)
+    """`built` with what its methods learn, wherever they act; see `learning`."""
+    built = with_connector_parts(family, base, with_layer_parts(base, built, before), before)
     tower, module = family.tower(base), family.tower_module(base)
     if built.tower is None or tower is None:
         return built
@@ -192,8 +192,5 @@ def _check_schedule(family: Family, base: nn.Module, stage: TowerStage, depth: i
 
 def _patches(module: nn.Module) -> int | None:
     """Patches of the images that a tower was made for, where its configuration tells."""
-    config: Any = getattr(module, "config", None)
-    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(side, int) or not isinstance(patch, int):
-        return None
-    return (side // patch) ** 2
+    side = patches_per_side(module)
+    return None if side is None else side**2

@@ -68,24 +68,24 @@ def check_evidence(
     if built.tower is not None:
         check_tower(family, base, built.tower)
     needs, tower = built.needs(), family.tower(base)
-    if built.tower is not None and isinstance(built.tower.method, TowerExit) and needs.attention:
+    if built.tower is not None and isinstance(built.tower.method, TowerExit) and needs.layers:
         raise EvidenceError(
-            f"{built.tower.method.name} may leave the tower before the layers whose attention a "
+            f"{built.tower.method.name} may leave the tower before the layers that a "
             "later stage reads; use a method that looks at features, such as 'divprune'."
         )
     if needs.text:
         _check_text(family, base, built, clip)
-    if not needs.attention and not needs.cls and not needs.norms:
+    if not needs.layers and not needs.cls and not needs.norms:
         return
     names = ", ".join(
         repr(s.method.name)
         for s in built.stages
-        if s.needs().attention or s.needs().cls or s.needs().norms
+        if s.needs().layers or s.needs().cls or s.needs().norms
     )
     if tower is None:
         raise EvidenceError(
-            f"{names} read(s) tower attention, which cannot be read from this {family.model_type} "
-            "tower; use a method that needs none, such as 'divprune'."
+            f"{names} read(s) layers of the tower, which cannot be read in this "
+            f"{family.model_type} model; use a method that needs none, such as 'divprune'."
         )
     if not tower.has_cls and any(s.outliers.needs().cls for s in built.stages):
         raise EvidenceError(
@@ -160,7 +160,7 @@ def install(model: Any, state: State) -> None:
         make_skippable(layers)
     connector = family.connector(base)
     if connector is not None:
-        state.handles.append(hook_connector(connector))
+        state.handles += hook_connector(connector)
     before, after = Untraced(before_forward), Untraced(after_forward)
     state.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
     state.handles.append(model.register_forward_hook(after, with_kwargs=True))

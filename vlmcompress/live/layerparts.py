@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlmcompress.families.decoders import decoder_of
+from vlmcompress.methods.base import Method
 from vlmcompress.methods.decoder.base import DecoderShape
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.pipeline import LayerStage, Pipeline
@@ -30,24 +31,31 @@ def with_layer_parts(base: nn.Module, built: Pipeline, before: Pipeline | None =
     decoder: Any = decoder_of(base)
     shape = DecoderShape(len(decoder.layers), int(decoder.config.hidden_size))
     device = next(decoder.module.parameters()).device
-    old = [] if before is None else [stage for stage in before.decoder if stage.parts is not None]
+    old: list[tuple[Method, Learned | None]] = []
+    if before is not None:
+        old = [(stage.method, stage.parts) for stage in before.decoder]
 
     def learning(stage: LayerStage) -> LayerStage:
         parts = stage.method.parts(shape)
         if parts is None:
             return stage
-        parts = _known(stage, parts, old)
+        parts = known(stage.method, parts, old)
         parts.follow(device)
         return dataclasses.replace(stage, parts=parts)
 
     return dataclasses.replace(built, decoder=tuple(map(learning, built.decoder)))
 
 
-def _known(stage: LayerStage, made: Learned, old: list[LayerStage]) -> Learned:
-    """The parts that an equal stage had before, or those just made; a stage gives its own once."""
-    for i, other in enumerate(old):
-        parts = other.parts
-        if parts is not None and other.method == stage.method and parts.config == made.config:
+def known(method: Method, made: Learned, old: list[tuple[Method, Learned | None]]) -> Learned:
+    """The parts that an equal stage had before, or those just made; a stage gives its own once.
+
+    Args:
+        method: of the stage.
+        made: for it, just now.
+        old: methods and parts of the stages before; what is given is taken out.
+    """
+    for i, (other, parts) in enumerate(old):
+        if parts is not None and other == method and parts.config == made.config:
             del old[i]
             return parts
     return made

@@ -40,10 +40,13 @@ class Session:
         wide_rows: {layer: [b, 1, n] or per-image list} captured.
         state_layers: layers whose [CLS] output is wanted.
         cls_states: {layer: [b, d]} captured.
+        level_layers: layers whose outputs are wanted.
+        levels: {layer: [b, n, d]} captured, [CLS] among them.
         norm_layer: the layer whose output's length is wanted, if any.
         norms: [b, n] captured, [CLS] among them.
         connector_input: [b, n, d] what the connector was about to read, where text is wanted.
         run: the stage inside the tower, if there is one.
+        replaced: [b, k, d_llm] what goes on in place of the connector's output, if anything does.
     """
 
     watch: Stopwatch
@@ -61,10 +64,13 @@ class Session:
     wide_rows: dict[int, list[Tensor]] = field(default_factory=dict)
     state_layers: tuple[int, ...] = ()
     cls_states: dict[int, Tensor] = field(default_factory=dict)
+    level_layers: frozenset[int] = frozenset()
+    levels: dict[int, Tensor] = field(default_factory=dict)
     norm_layer: int | None = None
     norms: Tensor | None = None
     connector_input: Tensor | None = None
     run: TowerRun | None = None
+    replaced: Tensor | None = None
 
     @property
     def reduced(self) -> TowerRun | None:

@@ -53,10 +53,12 @@ def _skippable_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwa
 
 def _remember(session: Session, layer: int, output: Any) -> None:
     """What is wanted of a block's output."""
+    states = output if isinstance(output, Tensor) else output[0]
     if layer in session.state_layers:
-        session.cls_states[layer] = output[:, 0]
+        session.cls_states[layer] = states[:, 0]
+    if layer in session.level_layers:
+        session.levels[layer] = states
     if layer == session.norm_layer:
-        states = output if isinstance(output, Tensor) else output[0]
         session.norms = states.detach().float().norm(dim=-1)
 
 
@@ -116,6 +118,17 @@ def _before_connector(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return (select(args[0]), *args[1:])
 
 
-def hook_connector(connector: nn.Module) -> RemovableHandle:
-    """Let the pass's selection thin out what the connector reads."""
-    return connector.register_forward_pre_hook(_before_connector)
+def _after_connector(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    session = current()
+    if session is None or session.replaced is None:
+        return None
+    replaced, session.replaced = session.replaced, None
+    return replaced
+
+
+def hook_connector(connector: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let the pass's selection thin out what the connector reads, or take the connector's place."""
+    return (
+        connector.register_forward_pre_hook(_before_connector),
+        connector.register_forward_hook(_after_connector),
+    )

@@ -51,6 +51,7 @@ class TowerRun:
         self._state: TowerState | None = None
         self._layer = -1
         self._seen: dict[int, TowerState] = {}
+        self._came_out: dict[int, TowerState] = {}
         self._looks_ahead = False
         self.halves = Halves(tower.rows)
 
@@ -157,6 +158,7 @@ class TowerRun:
                     f"The states of the vision tower hold NaN. {NAN_REMEDY}"
                 )
             output = self._sorted(output)
+        self._came_out[layer] = _without_rows(self.state)
         return rows(output)
 
     def _block(
@@ -276,9 +278,18 @@ class TowerRun:
         row = self.state.assignment - self._cls_rows
         return torch.where(row < 0, -1, number.gather(1, row.clamp(min=0)))
 
-    def followed(self, layer: int, values: Tensor, how: Literal["sum", "mean"]) -> Tensor:
-        """Evidence of `layer` ([b, heads, n_layer], patches only) as that of the final rows."""
-        seen = self._seen[layer]
+    def followed(
+        self, layer: int, values: Tensor, how: Literal["sum", "mean"], *, behind: bool = False
+    ) -> Tensor:
+        """Evidence of `layer` ([b, heads, n_layer], patches only) as that of the final rows.
+
+        Args:
+            layer: that was seen.
+            values: of the rows that its attention saw, or of those that left it (`behind`).
+            how: values of rows that were joined since are joined.
+            behind: see `values`.
+        """
+        seen = (self._came_out if behind else self._seen)[layer]
         if not self.reduced:
             return _spread(seen, values, how)
         source = seen.source[:, self._cls_rows :]

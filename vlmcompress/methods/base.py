@@ -51,11 +51,12 @@ class Needs:
     wide_cls_attention: tuple[Layer, ...] = ()
     cls_features: bool = False
     norms: bool = False
+    states: tuple[Layer, ...] = ()
 
     @property
     def attention(self) -> bool:
         """Whether anything must be read from tower attention layers."""
-        return bool(self.layers)
+        return len(self.layers) > len(self.states)
 
     @property
     def cls(self) -> bool:
@@ -70,6 +71,7 @@ class Needs:
             *self.received_attention,
             *self.keys,
             *self.wide_cls_attention,
+            *self.states,
         )
 
     @classmethod
@@ -84,6 +86,7 @@ class Needs:
             wide_cls_attention=tuple(layer for n in every for layer in n.wide_cls_attention),
             cls_features=any(n.cls_features for n in every),
             norms=any(n.norms for n in every),
+            states=tuple(layer for n in every for layer in n.states),
         )
 
 
@@ -145,6 +148,8 @@ class TokenCompressor(Method):
         reads: whose features `compress` looks at or changes. `none`: only evidence and places, so
             tokens are dropped before the connector; `tower`: features before the connector; `llm`:
             after it.
+        gives: whose rows come out of `compress` before the connector: the `tower`'s, or the
+            `llm`'s in place of the connector.
         scored: whether `score` exists, which `keep="auto"` needs.
         partition: what a budget is for and what becomes of newlines in images that were cut into
             tiles, as published; users change it with the options `scope` and `newlines`.
@@ -153,7 +158,18 @@ class TokenCompressor(Method):
     stage: ClassVar[Stage] = "connector"
     partition: ClassVar[Partition] = Partition()
     reads: ClassVar[FeatureSpace] = "none"
+    gives: ClassVar[Literal["tower", "llm"]] = "tower"
     scored: ClassVar[bool] = False
+
+    @property
+    def own_keep(self) -> float | int | None:
+        """What the options say of how many tokens stay; None where `keep` says it."""
+        return None
+
+    @property
+    def own_budget(self) -> bool:
+        """Where the options say it."""
+        return self.own_keep is not None
 
     @property
     def raster_order(self) -> bool:

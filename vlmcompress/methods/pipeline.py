@@ -40,6 +40,7 @@ class Stage:
         template: the method as configured, before the configuration's seed was filled in.
         partition: what the budget is for.
         outliers: which patches are left to the last.
+        parts: what the method has learnt for this model; None where it learns nothing.
     """
 
     method: TokenCompressor
@@ -47,6 +48,7 @@ class Stage:
     template: TokenCompressor
     partition: Partition
     outliers: Outliers
+    parts: Learned | None = None
 
     def needs(self) -> Needs:
         """What method and outliers ask for."""
@@ -118,7 +120,8 @@ class Pipeline:
     @property
     def learning(self) -> tuple[tuple[str, Learned], ...]:
         """Name and parts of every stage that has learnt something, in the order of the path."""
-        stages = ((self.tower,) if self.tower is not None else ()) + self.decoder
+        tower = () if self.tower is None else (self.tower,)
+        stages = (*tower, *self.stages, *self.decoder)
         return tuple((s.method.name, s.parts) for s in stages if s.parts is not None)
 
     def switched_off(self) -> Pipeline:
@@ -127,10 +130,18 @@ class Pipeline:
 
     def split(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """Stages that can run before the connector, and the rest."""
-        cut = next(
-            (i for i, s in enumerate(self.stages) if s.method.reads == "llm"), len(self.stages)
-        )
-        return self.stages[:cut], self.stages[cut:]
+        cut = 0
+        for cut, stage in enumerate(self.stages):
+            if stage.method.reads == "llm":
+                return self.stages[:cut], self.stages[cut:]
+            if stage.method.gives == "llm":
+                break
+        return self.stages[: cut + 1], self.stages[cut + 1 :]
+
+    @property
+    def replaces_connector(self) -> bool:
+        """Whether what comes out before the connector are rows of the language model."""
+        return any(stage.method.gives == "llm" for stage in self.split()[0])
 
     @property
     def shares_prompts(self) -> bool:
@@ -253,7 +264,8 @@ def _stage(config: StageConfig, method: Method, seed: int) -> Stage:
             f"exclude_outliers={outliers.exclude_outliers!r} ranks patches after all others, and "
             f"{method.name!r} ranks none; use a method with scores, such as 'vtc_cls'."
         )
-    keep = _checked(config.keep, method)
+    _refuse_two_budgets(config, method.own_budget)
+    keep = _checked(method.own_keep if method.own_budget else config.keep, method)
     if isinstance(keep, AutoKeep) and partition.scope == "prompt":
         raise ConfigError(
             "scope='prompt' shares one budget over the images of a prompt, and keep='auto' is "

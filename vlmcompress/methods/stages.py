@@ -40,6 +40,7 @@ class Resolved:
     received_layers: frozenset[int]
     key_layers: frozenset[int]
     wide_layers: frozenset[int] = frozenset()
+    state_layers: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, needs: Needs, depth: int) -> Resolved:
@@ -53,11 +54,13 @@ class Resolved:
             resolve(needs.received_attention),
             resolve(needs.keys),
             resolve(needs.wide_cls_attention),
+            resolve(needs.states),
         )
 
     def all(self) -> frozenset[int]:
         """Every layer something is read from."""
-        return self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
+        attention = self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
+        return attention | self.state_layers
 
 
 def run_stages(
@@ -164,6 +167,9 @@ def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = Fa
     method, keep = stage.method, stage.keep
     if k >= group.n and method.training_free:
         return group
+    if stage.parts is not None:
+        stage.parts.follow(view.features.device)
+        view = dataclasses.replace(view, parts=stage.parts)
     if isinstance(keep, AutoKeep):
         kept = (
             method.adapt(view)
@@ -172,7 +178,7 @@ def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = Fa
         )
     else:
         kept = method.compress(view, keep if shared else k)
-    return _restore_evidence(kept, group)
+    return _restore_evidence(dataclasses.replace(kept, parts=None), group)
 
 
 def _refuse_nan(method: TokenCompressor, view: Group, more: Iterable[Tensor]) -> None:
@@ -195,7 +201,10 @@ def _refuse_nan(method: TokenCompressor, view: Group, more: Iterable[Tensor]) ->
         ],
         "received attention": [*evidence.received_attention.values()],
         "keys": [*evidence.keys.values()],
-        "states": [] if view.evidence.norms is None else [view.evidence.norms],
+        "states": [
+            *([] if view.evidence.norms is None else [view.evidence.norms]),
+            *(view.evidence.states.values() if method.needs().states else ()),
+        ],
         "features": [] if method.reads == "none" else [view.features],
     }
     spoilt = {
@@ -224,7 +233,7 @@ def _counts(stage: Stage, group: Group) -> list[int]:
 def _evidence_for(method: TokenCompressor, group: Group, depth: int | None) -> Group:
     """The group with exactly the evidence the method asked for, in the order of its layers."""
     needs, have = method.needs(), group.evidence
-    if not needs.attention:
+    if not needs.layers:
         return group
     evidence = dataclasses.replace(
         have,
@@ -232,6 +241,7 @@ def _evidence_for(method: TokenCompressor, group: Group, depth: int | None) -> G
         received_attention=_rows(needs.received_attention, have.received_attention, depth),
         keys=_rows(needs.keys, have.keys, depth),
         wide_cls_attention=_rows(needs.wide_cls_attention, have.wide_cls_attention, depth),
+        states=_rows(needs.states, have.states, depth),
     )
     return dataclasses.replace(group, evidence=evidence)
 

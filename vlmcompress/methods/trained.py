@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Segment
@@ -30,14 +30,14 @@ class ConnectorShape:
         levels: tower layers whose states come in besides.
         grid: (height, width) in tokens of the images that the tower was made for, or of one tile;
             None where it does not tell.
-        tokens: left of such an image.
+        tokens: left of such an image; None where the shape of images decides.
     """
 
     width: int
     out: int
     levels: int
     grid: tuple[int, int] | None
-    tokens: int
+    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ class LearnedCompressor(TokenCompressor):
     """Fewer tokens by trained weights, which stand beside the model as `handle.parts`.
 
     Nothing is bypassed: also where as many tokens come out as went in, they are other ones.
-
-    Class attributes:
-        gives: whose rows come out: the `tower`'s, which the model's own connector then maps, or
-            the `llm`'s, in place of the connector.
 
     Attributes:
         tokens: left of each image or tile, in place of `keep`.
@@ -58,7 +54,6 @@ class LearnedCompressor(TokenCompressor):
 
     training_free: ClassVar[bool] = False
     reads: ClassVar[FeatureSpace] = "tower"
-    gives: ClassVar[Literal["tower", "llm"]] = "tower"
     partition: ClassVar[Partition] = Partition(scope="tile")
     tokens: int | None = None
     seed: int = 0
@@ -72,9 +67,9 @@ class LearnedCompressor(TokenCompressor):
         check_weights(self.name, self.weights)
 
     @property
-    def own_budget(self) -> bool:
-        """With `tokens`."""
-        return self.tokens is not None
+    def own_keep(self) -> int | None:
+        """`tokens`."""
+        return self.tokens
 
     @property
     def learns(self) -> bool:
