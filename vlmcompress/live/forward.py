@@ -65,7 +65,7 @@ def _before_forward(
         return changed
     call = by_name(type(module).forward, args, kwargs)
     record = conversation.record_of(call.get("past_key_values"))
-    if calls.carries_images(call) and (state.active or record is not None):
+    if (state.active or record is not None) and calls.carries_images(call):
         return (), _shorten(module, state, call)
     if record is not None:
         # Also while disabled: the cache is short whatever happens now.
