@@ -174,3 +174,13 @@ def test_foreign_encodings_are_used_as_they_are_and_say_so(model):
     with patch(model, keep=0.25), pytest.warns(UserWarning, match=r"handle\.encode"):
         got = model(**rest, mm_encoder_outputs={"image": output}).logits
     assert (got - want).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_suspended_patch_says_nothing_of_encodings(model, recwarn):
+    call = tiny.inputs(model, oracle.ONE)
+    output = oracle.encode(model, call)
+    rest = {k: v for k, v in call.items() if k != "pixel_values"}
+    with patch(model, keep=0.25) as handle, handle.disabled():
+        model(**rest, mm_encoder_outputs={"image": output})
+    assert not recwarn.list
