@@ -16,9 +16,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from vlmcompress.core.errors import ConfigError, ConfigTypeError
 from vlmcompress.core.keep import AutoKeep, Keep, parse_keep
+from vlmcompress.core.trained import TrainedKeep, parse_trained_keep
 
 CONFIG_NAME = "vlmcompress_config.json"
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
+"""1 had no `trained_keep`."""
 
 Positions: TypeAlias = Literal["auto", "original", "contiguous"]
 
@@ -117,12 +119,16 @@ class CompressionConfig:
             contiguous for 1-D RoPE and original for M-RoPE.
         seed: for methods that draw numbers.
         version: of the file format.
+        trained_keep: lowest and highest budget that weights which go with the stages were trained
+            for, both shares or both counts; None where there is no such limit. It is one on the
+            budget of the last stage between tower and LLM, or where there is none, of the last.
     """
 
     stages: tuple[StageConfig, ...]
     positions: Positions = "auto"
     seed: int = 0
     version: int = CONFIG_VERSION
+    trained_keep: TrainedKeep | None = None
 
     def __post_init__(self) -> None:
         """Check values and refuse newer file formats."""
@@ -141,6 +147,9 @@ class CompressionConfig:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise ConfigError("A configuration needs at least one stage.")
+        if self.trained_keep is not None:
+            object.__setattr__(self, "trained_keep", parse_trained_keep(self.trained_keep))
+            object.__setattr__(self, "version", CONFIG_VERSION)
 
     @classmethod
     def from_spec(
@@ -156,11 +165,13 @@ class CompressionConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict."""
         stages = [stage.to_dict() for stage in self.stages]
+        limit = {} if self.trained_keep is None else {"trained_keep": list(self.trained_keep)}
         return {
             "version": self.version,
             "stages": stages,
             "positions": self.positions,
             "seed": self.seed,
+            **limit,
         }
 
     @classmethod
@@ -174,7 +185,8 @@ class CompressionConfig:
         if isinstance(version, int) and version > CONFIG_VERSION:
             # Said before unknown keys are, since a newer format may well have new keys.
             return cls((StageConfig("newer"),), version=version)
-        _check_keys(data, {"version", "stages"}, {"positions", "seed"}, "configuration")
+        optional = {"positions", "seed"} if version == 1 else {"positions", "seed", "trained_keep"}
+        _check_keys(data, {"version", "stages"}, optional, "configuration")
         if not isinstance(data["stages"], Sequence) or isinstance(data["stages"], str):
             raise ConfigTypeError(f"stages is {data['stages']!r}; it must be a list.")
         return cls(
@@ -182,6 +194,7 @@ class CompressionConfig:
             data.get("positions", "auto"),
             data.get("seed", 0),
             data["version"],
+            data.get("trained_keep"),
         )
 
     def save(self, folder: str | Path) -> Path:

@@ -32,13 +32,21 @@ from vlmcompress.live.state import ATTRIBUTE, Settings, State, state_of
 from vlmcompress.live.tower import is_skippable, make_skippable, undo_skippable
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.inside import inside_tower, names_inside
+from vlmcompress.methods.limits import refuse_untrained
 from vlmcompress.methods.pipeline import Pipeline, TowerStage
 
 DEFAULT_METHOD = "tome_tower"
 
 
 def patch_bare(
-    model: nn.Module, family: BareFamily, method: Any, keep: Any, *, processor: Any, seed: int
+    model: nn.Module,
+    family: BareFamily,
+    method: Any,
+    keep: Any,
+    *,
+    processor: Any,
+    seed: int,
+    force: bool,
 ) -> BareHandle:
     """`patch` for a vision transformer without a language model.
 
@@ -57,6 +65,8 @@ def patch_bare(
             "part of another model; call handle.remove() on that handle first."
         )
     built = pipeline.build(inside_tower(method), keep, default=DEFAULT_METHOD, seed=seed)
+    if not force:
+        refuse_untrained(built)
     _check(model, family, built)
     built = learning(built, _place(model, family))
     state = State(family, Settings(built, method is None), processor)
@@ -80,11 +90,13 @@ class BareHandle(Handle):
     def _positions(self) -> None:
         """None: there is no language model."""
 
-    def _rebuilt(self, **changes: Any) -> Pipeline:
+    def _rebuilt(self, *, force: bool = False, **changes: Any) -> Pipeline:
         refuse_language(self._model, positions=changes["positions"])
         changes |= {"method": inside_tower(changes["method"]), "positions": None}
         now = self._state.settings.pipeline
         new = pipeline.rebuild(now, **changes)
+        if not force:
+            refuse_untrained(new)
         _check(self._model, self._family, new)
         return learning(new, _place(self._model, self._family), now)
 

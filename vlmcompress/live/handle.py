@@ -18,6 +18,7 @@ from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.live.timing import Stopwatch
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.limits import refuse_untrained
 from vlmcompress.methods.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Handle:
         keep: float | int | str | None = None,
         positions: str | None = None,
         seed: int | None = None,
+        force: bool = False,
     ) -> Handle:
         """Change what is applied from the next call on; what is not given stays.
 
@@ -156,6 +158,7 @@ class Handle:
                 stage.
             positions: as for `patch`; without a language model there are none to change.
             seed: as for `patch`.
+            force: also a budget that an adapter was not trained for.
 
         Returns:
             The handle itself.
@@ -164,14 +167,18 @@ class Handle:
             ConfigError: as `patch` does; nothing is changed then.
         """
         state = self._state
-        new = self._rebuilt(method=method, keep=keep, positions=positions, seed=seed)
+        # A budget that was forced before stays until another is asked for.
+        force = force or (keep is None and method is None)
+        new = self._rebuilt(method=method, keep=keep, positions=positions, seed=seed, force=force)
         state.settings = Settings(new, state.settings.chosen_by_default and method is None)
         return self
 
-    def _rebuilt(self, **changes: Any) -> Pipeline:
+    def _rebuilt(self, *, force: bool = False, **changes: Any) -> Pipeline:
         """The pipeline with some things changed (as `set` names them), ready to run."""
         state, base = self._state, self._model.base_model
         new = pipeline.rebuild(state.settings.pipeline, **changes)
+        if not force:
+            refuse_untrained(new)
         check_evidence(state.family, base, new, state.clip)
         decoder.check(self._model, state.family, new)
         new = with_parts(state.family, base, new, state.settings.pipeline)

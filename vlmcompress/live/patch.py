@@ -18,6 +18,7 @@ from vlmcompress.live.inside import with_parts
 from vlmcompress.live.install import check_evidence, check_seam, install, outer_model
 from vlmcompress.live.state import Settings, State, state_of
 from vlmcompress.methods import pipeline
+from vlmcompress.methods.limits import refuse_untrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ def patch(
     restore_length: bool = True,
     clip: Any = None,
     question: str | Sequence[str] | None = None,
+    force: bool = False,
 ) -> Handle:
     """Compress the visual tokens of `model`, which is called as before.
 
@@ -62,6 +64,8 @@ def patch(
             `(open_clip_model, tokenizer)`, or `vlmcompress.reference.load_text_head()`.
         question: for text-aware methods: what is asked, one text or one per row, where a call does
             not say so itself (`model.generate(**inputs, question=...)`).
+        force: take a configuration also outside the budgets (`trained_keep`) that its weights were
+            trained for.
 
     Returns:
         A handle that reports, changes, suspends and removes the compression.
@@ -84,7 +88,7 @@ def patch(
     bare = bare_family_of(model)
     if bare is not None:
         refuse_language(model, positions=positions, clip=clip, question=question)
-        return patch_bare(model, bare, method, keep, processor=processor, seed=seed)
+        return patch_bare(model, bare, method, keep, processor=processor, seed=seed, force=force)
     family = family_of(model)
     check_seam(model)
     built = pipeline.build(
@@ -94,6 +98,8 @@ def patch(
         positions=positions,
         seed=seed,
     )
+    if not force:
+        refuse_untrained(built)
     source = source_of(clip, processor, family.tower_module(model.base_model))
     check_evidence(family, model.base_model, built, source)
     decoder.check(model, family, built)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from vlmcompress.core.config import CompressionConfig, StageConfig
 from vlmcompress.core.errors import ConfigError, ConfigTypeError
 from vlmcompress.core.keep import AutoKeep, Keep, parse_keep
+from vlmcompress.core.trained import TrainedKeep
 from vlmcompress.methods import registry
 from vlmcompress.methods.base import (
     AdaptiveCompressor,
@@ -111,18 +112,20 @@ class Pipeline:
     decoder: tuple[LayerStage, ...] = ()
 
     @property
+    def running(self) -> tuple[TowerStage | Stage | LayerStage, ...]:
+        """The stages of `config.stages`, in their order."""
+        tower = () if self.tower is None else (self.tower,)
+        return (*tower, *self.stages, *self.decoder)
+
+    @property
     def templates(self) -> tuple[Method, ...]:
         """The methods of `config.stages`, as configured."""
-        tower = () if self.tower is None else (self.tower.template,)
-        connector = (stage.template for stage in self.stages)
-        return (*tower, *connector, *(stage.template for stage in self.decoder))
+        return tuple(stage.template for stage in self.running)
 
     @property
     def learning(self) -> tuple[tuple[str, Learned], ...]:
         """Name and parts of every stage that has learnt something, in the order of the path."""
-        tower = () if self.tower is None else (self.tower,)
-        stages = (*tower, *self.stages, *self.decoder)
-        return tuple((s.method.name, s.parts) for s in stages if s.parts is not None)
+        return tuple((s.method.name, s.parts) for s in self.running if s.parts is not None)
 
     def switched_off(self) -> Pipeline:
         """The same configuration with no stage."""
@@ -175,9 +178,10 @@ def build(
     Raises:
         ConfigError, ConfigTypeError, UnknownMethodError: for values that make no sense.
     """
+    trained = None
     if isinstance(method, CompressionConfig):
-        positions, seed = method.positions, method.seed
-    return _assemble(_parse(method, default), keep, positions, seed)
+        positions, seed, trained = method.positions, method.seed, method.trained_keep
+    return _assemble(_parse(method, default), keep, positions, seed, trained)
 
 
 def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any) -> Pipeline:
@@ -195,12 +199,15 @@ def rebuild(now: Pipeline, *, method: Any, keep: Any, positions: Any, seed: Any)
         keep,
         source.positions if positions is None else positions,
         source.seed if seed is None else seed,
+        source.trained_keep,
     )
 
 
-def _assemble(pairs: Sequence[Pair], keep: Any, positions: Any, seed: int) -> Pipeline:
+def _assemble(
+    pairs: Sequence[Pair], keep: Any, positions: Any, seed: int, trained: TrainedKeep | None
+) -> Pipeline:
     stages = _with_keep(pairs, keep)
-    config = CompressionConfig(stages, positions, seed)
+    config = CompressionConfig(stages, positions, seed, trained_keep=trained)
     methods = [method for _, method in pairs]
     tower = None
     if isinstance(methods[0], TowerReducer):
