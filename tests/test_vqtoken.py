@@ -555,6 +555,47 @@ def test_without_parts_it_says_so():
         VQToken(attention=True).compress(image(drawn(1, 36, 16)), 4)
 
 
+def test_rows_of_the_method_are_those_of_its_attention():
+    method, parts = attention()
+    moved_places(parts)
+    tokens = dataclasses.replace(image(3 * drawn(2, 36, 16)), parts=parts)
+    kept = method.compress(tokens, 5)
+    plain = VQToken(rescale=False).compress(tokens, 5)
+    assert kept.assignment is not None
+    assert torch.equal(kept.index, plain.index)
+    told = parts.by_code(plain.features, kept.assignment, GRID)
+    length = tokens.features.norm(dim=2).mean(1)[:, None, None]
+    torch.testing.assert_close(kept.features, told * length)
+    # All kept: nothing is bypassed.
+    assert not torch.allclose(method.compress(tokens, 36).features, tokens.features, atol=1e-2)
+
+
+def test_released_rows_stand_for_frames_where_they_are_more_than_codes():
+    method, parts = attention(faithful=True, rescale=False)
+    moved_places(parts)
+    video = dataclasses.replace(image(drawn(1, 5 * 36, 16), (5, 6, 6)), parts=parts)
+    kept = method.compress(video, 3)
+    assert kept.n == method.tokens_kept(video.segments, 3) == 5
+    assert kept.index.tolist() == [[0, 36, 72, 108, 144]]
+    assert kept.mass.tolist() == [[36.0] * 5]
+    plain = VQToken(faithful=True, rescale=False).compress(video, 3)
+    (numbers,) = hash_maps(plain)
+    told = parts.by_frame(plain.features, numbers.flatten(2))
+    torch.testing.assert_close(kept.features, told)
+    assert method.counts(video) == [12]
+
+
+def test_tokens_of_several_rectangles_have_no_place():
+    method, parts = attention()
+    halves = (Segment("tile", (1, 3, 6), slice(0, 18)), Segment("tile", (1, 3, 6), slice(18, 36)))
+    tokens = VisualTokens.from_features(drawn(1, 36, 16), segments=halves)
+    with pytest.raises(ConfigError, match="there are 2; use scope='tile'"):
+        method.compress(dataclasses.replace(tokens, parts=parts), 4)
+    thinned = image(drawn(1, 36, 16)).select(torch.arange(0, 36, 2)[None])
+    with pytest.raises(ConfigError, match="these 18 form none: an earlier method"):
+        method.compress(dataclasses.replace(thinned, parts=parts), 4)
+
+
 # --- released names ---------------------------------------------------------------------------
 
 
@@ -591,6 +632,42 @@ def test_in_a_model(family: str, keep: Any):
         lengths = [len(rows) for rows in handle.last.kept]
         assert len(lengths) == 3
         assert lengths == [3] * 3 if keep == 3 else all(2 <= n <= 6 for n in lengths)
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_vl"])
+@pytest.mark.parametrize("keep", [4, "auto"])
+def test_attention_in_a_model(family: str, keep: Any):
+    model = tiny.build(family)
+    inputs = tiny.inputs(model, [tiny.Prompt(1, 5), tiny.Prompt(2, 4)])
+    method = VQToken(attention=True, heads=4, smallest=2, largest=6)
+    with patch(model, method, keep=keep) as handle:
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        grads = [p.grad for p in handle.parts.parameters()]
+        assert all(g is not None and g.abs().sum() > 0 for g in grads)
+        assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > 0
+
+
+def test_attention_over_tiles():
+    model = tiny.build("llava_next")
+    inputs = tiny.inputs(model, [tiny.Prompt(1, 5)])
+    tiles = "vqtoken(attention=True, heads=4, scope='tile'):3"
+    with patch(model, tiles) as handle:
+        model(**inputs)
+        (n,) = handle.last.tokens_after
+        assert n % 3 == 0
+    with (
+        patch(model, VQToken(attention=True, heads=4), keep=3),
+        pytest.raises(ConfigError, match="scope='tile'"),
+    ):
+        model(**inputs)
+
+
+def test_a_budget_among_the_options():
+    model = tiny.build("llava")
+    inputs = tiny.inputs(model, [tiny.Prompt(1, 5)])
+    with patch(model, VQToken(tokens=5)) as handle:
+        model(**inputs)
+        assert handle.last.tokens_after == (5,)
 
 
 def test_base_is_abstract():

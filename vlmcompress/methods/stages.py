@@ -124,7 +124,7 @@ def _run(stage: Stage, group: Group, depth: int | None) -> list[Group]:
 
     def spares(part: Group) -> bool:
         method, keep = stage.method, stage.keep
-        if isinstance(keep, AutoKeep) or not method.training_free:
+        if isinstance(keep, AutoKeep) or not method.training_free or method.learns:
             return False
         return method.tokens_kept(part.current_segments, keep) >= part.n
 
@@ -155,7 +155,7 @@ def _run_whole(stage: Stage, group: Group, depth: int | None) -> list[Group]:
 
 
 def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = False) -> Group:
-    """`group` compressed to `k`; a training-free method that would keep everything is bypassed.
+    """`group` compressed to `k`; what learns nothing and would keep everything is bypassed.
 
     Args:
         stage: method and budget.
@@ -165,7 +165,7 @@ def _compress(stage: Stage, view: Group, group: Group, k: int, shared: bool = Fa
         shared: whether all images come to `k` by the stage's own budget.
     """
     method, keep = stage.method, stage.keep
-    if k >= group.n and method.training_free:
+    if k >= group.n and method.training_free and not method.learns:
         return group
     if stage.parts is not None:
         stage.parts.follow(view.features.device)

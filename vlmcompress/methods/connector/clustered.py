@@ -42,7 +42,6 @@ class Clustered(LearnedCompressor, AdaptiveCompressor):
     """
 
     reads: ClassVar[FeatureSpace] = "llm"
-    gives: ClassVar[Literal["tower", "llm"]] = "llm"
     partition: ClassVar[Partition] = Partition(scope="image")
     smallest: int = 12
     largest: int = 32

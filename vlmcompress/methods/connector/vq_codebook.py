@@ -93,8 +93,9 @@ class VQCodebook(Clustered):
 
     def rows(self, tokens: VisualTokens, codes: Tensor, labels: Tensor) -> Tensor:
         """The codebook's rows nearest to the clusters'."""
-        parts = required(getattr(tokens, "parts", None), Codebook, "connector")
-        return parts(codes).rows
+        parts = required(tokens.parts, Codebook, "connector")
+        quantised: Quantised = parts(codes)
+        return quantised.rows
 
 
 class Quantised(NamedTuple):

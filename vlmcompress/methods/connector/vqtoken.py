@@ -168,8 +168,14 @@ class VQToken(Clustered):
         """
         if not self.attention:
             return codes
-        parts = required(getattr(tokens, "parts", None), VQAttention, "connector")
+        parts = required(tokens.parts, VQAttention, "connector")
         grid = _rectangle(tokens.current_segments)
+        if grid[:2] == (1, 1) and parts.frame[0] > 1:
+            raise ConfigError(
+                f"VQ-Attention places tokens of a rectangle, and these {tokens.n} form none: an earlier "
+                "method thinned them out, or they are of several tiles. Put vqtoken first, use "
+                "scope='tile', or attention=False."
+            )
         if self.faithful:
             return parts.by_frame(codes, labels.view(len(labels), grid[0], -1))
         return parts.by_code(codes, labels, grid)
