@@ -17,7 +17,8 @@ def describe(model: Any) -> dict[str, Any]:
     """`environment`, and the model's type, kernel and shape, JSON-ready."""
     return {
         **environment(),
-        "device": _device_name(torch.device(model.device)),
+        "device": device_name(torch.device(model.device)),
+        **gpu(torch.device(model.device)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": _kernels(model.config),
         "shape": getattr(model, "name_or_path", "") or type(model).__name__,
@@ -37,6 +38,21 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Driver and clocks of a GPU as its own tool tells them; empty elsewhere."""
+    if device.type != "cuda":
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
+    asked = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    told: list[str] = []
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
+        told = lines.stdout.splitlines()[device.index or 0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass  # what the tool would say stays unknown
+    return {"cuda": torch.version.cuda, "gpu": dict(zip(fields, told, strict=False))}
 
 
 def commit() -> str:
@@ -63,7 +79,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; the type of anything else."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -47,7 +47,7 @@ def parts(model: nn.Module) -> Parts:
         UnsupportedModelError: when there is no tower or no language model under a known name.
     """
     base = getattr(model, "base_model", model)
-    tower = _first(base, _TOWERS)
+    tower = tower_of(base)
     language_model = _first(base, ("language_model", "text_model"))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if tower is None or language_model is None or head is None:
@@ -60,6 +60,11 @@ def parts(model: nn.Module) -> Parts:
     if nested:
         connector = _first(tower, _CONNECTORS)
     return Parts(tower, connector, language_model, head, nested)
+
+
+def tower_of(base: nn.Module) -> nn.Module | None:
+    """The vision tower of a VLM without its head; None where there is none under a known name."""
+    return _first(base, _TOWERS)
 
 
 def _first(base: Any, names: tuple[str, ...]) -> nn.Module | None:
