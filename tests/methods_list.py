@@ -22,7 +22,20 @@ CONNECTOR_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vscan", {"window": 3}),
     ("tome", {}),
     ("pitome", {"margin": 0.2}),
+    ("vqtoken", {"iterations": 20}),
     ("cdpruner", {}),
+    ("m3", {}),
+)
+
+#: Those between tower and language model whose rows are made by trained weights.
+TRAINED_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("vq_codebook", {"size": 16, "channels": 8}),
+    ("tokenpacker", {"layers": (0.5, -1), "head_width": 16}),
+    ("c_abstractor", {"depth": 1}),
+    ("mqt", {"max_tokens": 16, "head_width": 16}),
+    ("lookup", {"depth": 1}),
+    ("windowed", {"stages": 1}),
+    ("bus", {"depth": 1, "text_width": 6}),
 )
 
 TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (

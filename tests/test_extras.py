@@ -26,7 +26,12 @@ THROUGH_TRANSFORMERS = {
 }
 
 #: Import names that differ from the distribution's.
-DISTRIBUTION_OF = {"PIL": "pillow", "open_clip": "open_clip_torch"}
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "vector_quantize_pytorch": "vector-quantize-pytorch",
+    "yaml": "pyyaml",
+}
 IMPORT_OF = {distribution: package for package, distribution in DISTRIBUTION_OF.items()}
 CORE = {IMPORT_OF.get(name, name) for name in names(project()["dependencies"])} - set(EXTRA_OF)
 
@@ -102,7 +107,8 @@ def test_every_extra_brings_its_packages():
 def test_the_names_of_distributions_are_right():
     found = importlib.metadata.packages_distributions()
     for package in (*EXTRA_OF, *CORE):
-        assert DISTRIBUTION_OF.get(package, package) in found[package]
+        named = {name.lower() for name in found[package]}
+        assert DISTRIBUTION_OF.get(package, package) in named
 
 
 @pytest.mark.parametrize("package", EXTRA_OF)

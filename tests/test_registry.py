@@ -17,6 +17,7 @@ from tests.methods_list import (
     LAYER_METHODS,
     SPARSE_TOWER_METHODS,
     TOWER_METHODS,
+    TRAINED_METHODS,
 )
 from vlmcompress.core.errors import ConfigError, UnknownMethodError
 from vlmcompress.core.tokens import VisualTokens
@@ -28,7 +29,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 def test_every_method_is_in_the_test_list():
     tower = TOWER_METHODS + SPARSE_TOWER_METHODS + EXIT_TOWER_METHODS
     layer = LAYER_METHODS + ADAPTIVE_LAYER_METHODS + BESIDE_METHODS
-    stages = {"connector": CONNECTOR_METHODS, "tower": tower, "decoder": layer}
+    stages = {"connector": CONNECTOR_METHODS + TRAINED_METHODS, "tower": tower, "decoder": layer}
     for stage, methods in stages.items():
         listed = [name for name, _ in methods]
         assert len(set(listed)) == len(listed)

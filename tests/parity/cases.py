@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.parity import decoder, tower
+from tests.parity import compressors, decoder, prompt, tower, vqtoken
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.methods import TokenCompressor, TokenPruner, create
 from vlmcompress.methods.base import AdaptiveCompressor, resolve_layer
@@ -376,4 +376,9 @@ _RUNNERS: dict[str, Callable[[Arrays], Arrays]] = {
     "sparsevlm": decoder.sparsevlm,
     "prunevid": decoder.prunevid,
     "var": decoder.var,
+    "tokenpacker": compressors.tokenpacker,
+    "vqtoken": vqtoken.vqtoken,
+    "quecc": prompt.quecc,
+    "llava_mini": prompt.llava_mini,
+    "voco_llama": prompt.voco_llama,
 }

@@ -124,7 +124,10 @@ def _which(stage: str, attribute: str, value: Any = True) -> tuple[str, ...]:
 
 
 #: Methods that put dropped tokens into kept ones.
-MERGERS = ("pool", "visionzip", "prumerge", "prumerge_plus", "vscan", "tome", "pitome")
+MERGERS = (
+    *("pool", "m3", "visionzip", "prumerge", "prumerge_plus", "vscan"),
+    *("tome", "pitome", "vqtoken"),
+)
 #: The same inside the language model: into new rows, which they say, or into those that stay.
 INNER_MERGERS = (*_which("decoder", "merges"), "holitom_llm")
 #: Inside the tower, and every patch leaves it.

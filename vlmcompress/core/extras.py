@@ -8,10 +8,17 @@ from types import ModuleType
 from vlmcompress.core.errors import MissingExtraError
 
 EXTRA_OF = {
+    "accelerate": "eval",
+    "filelock": "eval",
     "matplotlib": "eval",
     "open_clip": "clip",
     "peft": "train",
+    "pyarrow": "eval",
+    "rapidfuzz": "eval",
     "scipy": "eval",
+    "timm": "timm",
+    "vector_quantize_pytorch": "vq",
+    "yaml": "eval",
 }
 """Import name of each package that the library may do without, and the extra that brings it."""
 

@@ -75,6 +75,7 @@ def _shape(family: Family, base: nn.Module, stage: Stage, ahead: bool) -> Connec
         len(stage.method.needs().states),
         grid,
         _tokens(stage, grid),
+        _state_width(family, base) if stage.method.needs().states else None,
     )
 
 
@@ -100,6 +101,15 @@ def _width(family: Family, base: nn.Module) -> int:
         f"The connector of this {family.model_type} model does not say how wide the rows are that "
         "it reads, so nothing can be trained ahead of it; use a method that learns nothing."
     )
+
+
+def _state_width(family: Family, base: nn.Module) -> int | None:
+    """Of what goes from layer to layer of the tower; None where its layers cannot be read."""
+    tower = family.tower(base)
+    if tower is None:
+        return None
+    first = tower.layers(family.tower_module(base))[0]
+    return next(m.in_features for m in first.modules() if isinstance(m, nn.Linear))
 
 
 def patches_per_side(tower: nn.Module) -> int | None:

@@ -41,6 +41,10 @@ class Learned(nn.Module):
         if any(parameter.device != device for parameter in self.parameters()):
             self.to(device)
 
+    def released(self, name: str, tensor: Tensor) -> Tensor:
+        """What a tensor of the authors' file is here; another where their files have changed."""
+        return tensor
+
     def save(self, path: str | Path) -> None:
         """Write parts and config in one file; a crash leaves either the old or the new one.
 
@@ -113,7 +117,7 @@ def fresh(make: Callable[[], Parts], seed: int, weights: str | None) -> Parts:
     return parts
 
 
-def required(parts: Learned | None, kind: type[Parts], where: str) -> Parts:
+def required(parts: nn.Module | None, kind: type[Parts], where: str) -> Parts:
     """The parts of a method that acts in the tower or in the LLM (`where`).
 
     Raises:

@@ -134,6 +134,7 @@ def _looks_at(method: Method) -> str:
         _layers("received attention", needs.received_attention),
         _layers("keys", needs.keys),
         _layers("[CLS] attention of full width", needs.wide_cls_attention),
+        _layers("states", needs.states),
         "text" if needs.text else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
         _in_blocks(method) if isinstance(method, TowerReducer) else "",

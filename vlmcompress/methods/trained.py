@@ -14,6 +14,7 @@ from vlmcompress.methods.learned import Learned, check_weights
 from vlmcompress.methods.ops.grid import nearest_grid
 from vlmcompress.methods.options import check_count
 from vlmcompress.methods.parts import Partition
+from vlmcompress.methods.pretrained import Pretrained
 
 #: How far a grid's sides may differ in shape from the image's for the sake of an exact count.
 _STRETCH = 2.0
@@ -31,6 +32,7 @@ class ConnectorShape:
         grid: (height, width) in tokens of the images that the tower was made for, or of one tile;
             None where it does not tell.
         tokens: left of such an image; None where the shape of images decides.
+        state_width: of those states; None where none come in.
     """
 
     width: int
@@ -38,10 +40,11 @@ class ConnectorShape:
     levels: int
     grid: tuple[int, int] | None
     tokens: int | None
+    state_width: int | None = None
 
 
 @dataclass(frozen=True)
-class LearnedCompressor(TokenCompressor):
+class LearnedCompressor(Pretrained, TokenCompressor):
     """Fewer tokens by trained weights, which stand beside the model as `handle.parts`.
 
     Nothing is bypassed: also where as many tokens come out as went in, they are other ones.

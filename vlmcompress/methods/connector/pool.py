@@ -34,7 +34,7 @@ class Pool(TokenCompressor):
 
     def tokens_kept(self, segments: Sequence[Segment], keep: float | int) -> int:
         """Cells over all segments, at most the count asked for."""
-        return sum(math.prod(cells) for cells in _grids(segments, keep))
+        return sum(math.prod(cells) for cells in self._grids(segments, keep))
 
     def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
         """Replace the tokens of each cell by their mean.
@@ -44,10 +44,10 @@ class Pool(TokenCompressor):
         """
         if tokens.n != tokens.n_full:
             raise ConfigError(
-                f"pool averages over whole grids, but an earlier method left {tokens.n} of "
-                f"{tokens.n_full} tokens; put pool first, or use 'uniform' in its place."
+                f"{self.name} averages over whole grids, but an earlier method left {tokens.n} of "
+                f"{tokens.n_full} tokens; put {self.name} first, or use 'uniform' in its place."
             )
-        segments, grids = tokens.segments, _grids(tokens.segments, keep)
+        segments, grids = tokens.segments, self._grids(tokens.segments, keep)
         if sum(map(math.prod, grids)) == tokens.n:
             return tokens
         index, cell = (x.to(tokens.index.device) for x in _layout(segments, grids, tokens.n))
@@ -61,12 +61,15 @@ class Pool(TokenCompressor):
             evidence=tokens.evidence.select(index.expand(len(tokens.features), -1)),
         )
 
+    def cells(self, grid: Grid, k: int) -> Grid:
+        """(t, h, w) of the cells, at most k, of a segment of (t, h, w) tokens; zeros for none."""
+        return nearest_grid(grid, k)
 
-def _grids(segments: Sequence[Segment], keep: float | int) -> list[Grid]:
-    """The pooled (t, h, w) grid of each segment."""
-    lengths = [s.length for s in segments]
-    shares = split(keeping.count(keep, sum(lengths)), lengths)
-    return [nearest_grid(s.grid, k) for s, k in zip(segments, shares, strict=True)]
+    def _grids(self, segments: Sequence[Segment], keep: float | int) -> list[Grid]:
+        """The pooled grid of each segment."""
+        lengths = [s.length for s in segments]
+        shares = split(keeping.count(keep, sum(lengths)), lengths)
+        return [self.cells(s.grid, k) for s, k in zip(segments, shares, strict=True)]
 
 
 def _layout(segments: Sequence[Segment], grids: Sequence[Grid], n: int) -> tuple[Tensor, Tensor]:

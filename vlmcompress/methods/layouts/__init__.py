@@ -104,10 +104,11 @@ def load_released(parts: Learned, path: str | Path) -> None:
     """
     prefix, own = layout(parts.config["method"]).prefix, parts.state_dict()
     found = tensors(path, (prefix + name for name in own))
+    taken = {name: parts.released(name, found[prefix + name]) for name in own}
     for name, value in own.items():
-        check_tensor(path, prefix + name, found[prefix + name], value.shape)
+        check_tensor(path, prefix + name, taken[name], value.shape)
     for name, value in own.items():
-        value.copy_(found[prefix + name])
+        value.copy_(taken[name])
 
 
 def tensors(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
