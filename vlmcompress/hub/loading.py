@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmcompress.core.config import StageConfig
 from vlmcompress.core.errors import AlreadyPatchedError, ConfigError
@@ -14,10 +15,11 @@ from vlmcompress.live.install import outer_model
 from vlmcompress.live.patch import handle_of, patch
 from vlmcompress.live.state import state_of
 from vlmcompress.methods import registry
-from vlmcompress.methods.trained import LearnedCompressor
 
 if TYPE_CHECKING:
     from vlmcompress.live.handle import Handle
+
+Kind = TypeVar("Kind")
 
 
 def load(
@@ -94,35 +96,38 @@ def unload(model: Any) -> Any:
     return model
 
 
-def learned(
-    adapter: str | Path, kind: type[LearnedCompressor] = LearnedCompressor, **hub: Any
-) -> LearnedCompressor:
-    """A trained compressor, to be given to `patch`.
+def learned(adapter: str | Path, kind: type[Kind], **hub: Any) -> Kind:
+    """A method with trained weights, to be given to `patch`.
 
     Args:
         adapter: a folder or a Hub id, as for `load`, with one method and no LoRA.
-        kind: what it must be.
+        kind: what it must be, such as `LearnedCompressor`.
         hub: `revision`, `token`, `endpoint` and `cache_dir` of `huggingface_hub`.
 
     Returns:
         The method with its options and its weights; `tokens` are those it was trained to leave,
-        where its configuration gives a count. With a share, or a range, give `patch` a `keep`.
+        where its configuration gives a count. With a share, give `patch` a `keep`.
 
     Raises:
         ConfigError: for any other adapter.
         CheckpointError: for weights that are no safetensors.
     """
     found = read(locate(adapter, **hub))
-    stage = _only_stage(found, kind)
+    stage, known = _only_stage(found, kind)
     options = dict(stage.options)
-    if isinstance(stage.keep, int) and options.get("tokens") is None:
+    if isinstance(stage.keep, int) and options.get("tokens") is None and "tokens" in known:
         options["tokens"] = stage.keep
     made = registry.create(stage.method, **options)
     assert isinstance(made, kind)  # `_only_stage` has seen to it
     return made
 
 
-def _only_stage(found: Adapter, kind: type[LearnedCompressor]) -> StageConfig:
+def _only_stage(found: Adapter, kind: type) -> tuple[StageConfig, set[str]]:
+    """The one method of an adapter, and the options that it knows.
+
+    Raises:
+        ConfigError: when there is more, or it is of another kind.
+    """
     if found.lora or len(found.config.stages) != 1:
         more = "LoRA of the model" if found.lora else f"{len(found.config.stages)} methods"
         raise ConfigError(
@@ -130,9 +135,10 @@ def _only_stage(found: Adapter, kind: type[LearnedCompressor]) -> StageConfig:
             "vlmcompress.hub.load(model, folder)."
         )
     stage = found.located.stages[0]
-    if not issubclass(registry.get(stage.method), kind):
+    method: Any = registry.get(stage.method)
+    if not issubclass(method, kind):
         raise ConfigError(
             f"{found.folder} holds {stage.method!r}, which is no {kind.__name__}; use "
             "vlmcompress.hub.load(model, folder)."
         )
-    return stage
+    return stage, {field.name for field in dataclasses.fields(method)}

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from vlmcompress.core.config import CompressionConfig, StageConfig
 from vlmcompress.core.errors import CheckpointError, ConfigError
 from vlmcompress.families.bare import BareFamily
@@ -22,7 +24,6 @@ from vlmcompress.live.state import State, state_of
 
 if TYPE_CHECKING:
     from vlmcompress.live.handle import Handle
-    from vlmcompress.methods.trained import LearnedCompressor
 
 
 def save(
@@ -146,8 +147,8 @@ def save_stages(
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def save_learned(method: LearnedCompressor, folder: str | Path, **about: Any) -> Path:
-    """Write a trained compressor as an adapter that `learned` and `load` read.
+def save_learned(method: Any, folder: str | Path, **about: Any) -> Path:
+    """Write a method with trained weights as an adapter that `learned` and `load` read.
 
     Args:
         method: with weights.
@@ -158,45 +159,46 @@ def save_learned(method: LearnedCompressor, folder: str | Path, **about: Any) ->
         The folder.
 
     Raises:
-        ConfigError: for a method without weights.
-        CheckpointError: when it cannot be written, or its weights cannot be read.
+        ConfigError: for a method without weights, or a folder that holds LoRA.
+        CheckpointError: when it cannot be written, or its weights are no safetensors.
     """
-    folder, config = Path(folder), compressor_config(method)
+    folder, weights = Path(folder), _weights_of(method)
+    refuse_lora_in(folder, f"{method.name}, which needs none")
     _make(folder)
-    target = folder / config.stages[0].options["weights"]
+    target = folder / f"{method.name}{SAFE}"
     try:
-        if not target.exists() or not target.samefile(str(method.weights)):
-            shutil.copyfile(str(method.weights), target)
+        if not target.exists() or not target.samefile(weights):
+            shutil.copyfile(weights, target)
     except OSError as error:
-        raise CheckpointError(
-            f"The weights {method.weights} cannot be copied to {folder} ({error})."
-        ) from error
-    save_config(config, folder)
+        raise CheckpointError(f"{weights} cannot be copied to {folder} ({error}).") from error
+    chosen = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    plain = {f.name: f.default for f in dataclasses.fields(method)}
+    options = {k: v for k, v in chosen.items() if v != plain[k]} | {"weights": target.name}
+    save_config(CompressionConfig((StageConfig(method.name, options=options),)), folder)
     write_card(folder, About(**{"name": folder.resolve().name, **about}))
     return folder
 
 
-def compressor_config(method: LearnedCompressor) -> CompressionConfig:
-    """The configuration of a trained compressor, with its weights named by their name alone.
+def _weights_of(method: Any) -> Path:
+    """The file of a method's weights.
 
     Raises:
-        ConfigError: for one that has no weights.
+        ConfigError: when it has none.
+        CheckpointError: for anything but safetensors, which could run code when it is read.
     """
-    if method.weights is None:
+    weights = getattr(method, "weights", None)
+    if weights is None:
         raise ConfigError(
             f"{method.name} has no weights of its own yet; train it on a patched model and save "
             "that with vlmcompress.hub.save(handle, folder)."
         )
-    defaults = {f.name: f.default for f in dataclasses.fields(method)}
-    chosen = {k: v for k, v in method.options().items() if v != _listed(defaults.get(k))}
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
-    options["weights"] = Path(method.weights).name
-    return CompressionConfig((StageConfig(method.name, options=options),))
-
-
-def _listed(value: Any) -> Any:
-    """As `options` shows it."""
-    return json.loads(json.dumps(value))
+    try:
+        with safe_open(str(weights), "pt"):
+            return Path(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{weights} holds no weights that can be shared ({error}); give a {SAFE} file."
+        ) from error
 
 
 def _state(handle: Handle) -> State:
