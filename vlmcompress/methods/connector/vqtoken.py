@@ -172,9 +172,9 @@ class VQToken(Clustered):
         grid = _rectangle(tokens.current_segments)
         if grid[:2] == (1, 1) and parts.frame[0] > 1:
             raise ConfigError(
-                f"VQ-Attention places tokens of a rectangle, and these {tokens.n} form none: an earlier "
-                "method thinned them out, or they are of several tiles. Put vqtoken first, use "
-                "scope='tile', or attention=False."
+                f"VQ-Attention places tokens of a rectangle, and these {tokens.n} form none: an "
+                "earlier method thinned them out, or they are of several tiles. Put vqtoken first, "
+                "use scope='tile', or attention=False."
             )
         if self.faithful:
             return parts.by_frame(codes, labels.view(len(labels), grid[0], -1))
