@@ -112,9 +112,9 @@ class WindowPool(nn.Module):
         super().__init__()
         hidden = max(1, width // 4)
         self.norm = nn.LayerNorm(2 * width)
-        self.up, self.down = nn.Linear(2 * width, hidden), nn.Linear(hidden, 1)
+        self.up = nn.Linear(2 * width, hidden)
+        self.down = nn.Linear(hidden, 1, bias=False)  # a softmax does not see a bias
         nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor, before: Size, after: Size) -> Tensor:
         """[b, rows * columns, width] of [b, h * w, width].
