@@ -1,0 +1,46 @@
+"""The table of methods inside the language model, from results of `eval_harness.layerwise`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADER = [
+    "method",
+    "average wanted",
+    "measured",
+    "behind the last site",
+    "FLOPs of prefill",
+    "accuracy %",
+    "minus random dropping",
+]
+
+
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, budget by budget, the best first; budgets of their own last."""
+    found = sorted(results["rows"], key=_place)
+    return HEADER, [_row(row, results["tokens"]) for row in found]
+
+
+def _place(row: dict[str, Any]) -> tuple[float, float]:
+    wanted, accuracy = row["wanted"], row["accuracy"]
+    return (-(wanted or 0), -(accuracy[0] if accuracy else -1))
+
+
+def _row(row: dict[str, Any], tokens: int) -> list[str]:
+    wanted = "its own" if row["wanted"] is None else f"{row['wanted']:g}"
+    if row["refused"] is not None:
+        return [f"`{row['method']}`", wanted, "cannot: its first site is too late", *["-"] * 4]
+    return [
+        f"`{row['method']}`",
+        wanted,
+        f"{row['average']:.3f}",
+        f"{row['left'][-1]:.1f} of {tokens}",
+        f"{row['flops']:.3f}",
+        _percent(row["accuracy"]),
+        "-" if row["over_random"] is None else _percent(row["over_random"], "+"),
+    ]
+
+
+def _percent(estimate: list[float], sign: str = "") -> str:
+    mean, low, high = (100 * x for x in estimate)
+    return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
