@@ -22,7 +22,6 @@ from tests.compressors import (
     trained,
 )
 from vlmcompress.core.errors import (
-    ConfigError,
     MissingExtraError,
 )
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
@@ -238,10 +237,11 @@ def test_counts_to_train_mqt_with():
     assert list(MQT(max_tokens=9).training_counts) == [2, 4, 6, 8]
 
 
-def test_mqt_needs_a_width_that_sines_fill():
-    method = compressor("mqt")
-    with pytest.raises(ConfigError, match="multiple of 4"):
-        method.parts(shape_for(method, width=18))
+def test_channels_that_sines_do_not_fill_are_zero():
+    even, odd = Queries(8, OUT, 9, 1, False), Queries(11, OUT, 9, 1, False)
+    assert torch.equal(odd.pos_embed[:, :8], even.pos_embed)
+    assert torch.equal(odd.pos_embed[:, 8:], torch.zeros(9, 3))
+    assert Queries(3, OUT, 4, 1, False).pos_embed.abs().sum() == 0
 
 
 # --- m3

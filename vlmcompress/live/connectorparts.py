@@ -14,6 +14,7 @@ from vlmcompress.families import Family
 from vlmcompress.live.layerparts import known
 from vlmcompress.methods.base import Method
 from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.options import resolve_layer
 from vlmcompress.methods.pipeline import Pipeline, Stage
 from vlmcompress.methods.trained import ConnectorShape, LearnedCompressor
 
@@ -69,14 +70,28 @@ def _shape(family: Family, base: nn.Module, stage: Stage, ahead: bool) -> Connec
     out = int(config.get_text_config().hidden_size)
     side = patches_per_side(family.tower_module(base))
     grid = None if side is None else (side // family.merge, side // family.merge)
+    levels, state_width = _states(family, base, stage.method)
     return ConnectorShape(
         _width(family, base) if ahead else out,
         out,
-        len(stage.method.needs().states),
+        levels,
         grid,
         _tokens(stage, grid),
-        _state_width(family, base) if stage.method.needs().states else None,
+        state_width,
     )
+
+
+def _states(family: Family, base: nn.Module, method: Method) -> tuple[int, int | None]:
+    """How many layers of the tower a method reads, and the width of what goes between them.
+
+    Shares of depth may name one layer twice where the tower has few.
+    """
+    tower, named = family.tower(base), method.needs().states
+    if tower is None or not named:
+        return len(named), None
+    layers = tower.layers(family.tower_module(base))
+    width = next(m.in_features for m in layers[0].modules() if isinstance(m, nn.Linear))
+    return len({resolve_layer(layer, len(layers)) for layer in named}), width
 
 
 def _tokens(stage: Stage, grid: tuple[int, int] | None) -> int | None:
@@ -101,15 +116,6 @@ def _width(family: Family, base: nn.Module) -> int:
         f"The connector of this {family.model_type} model does not say how wide the rows are that "
         "it reads, so nothing can be trained ahead of it; use a method that learns nothing."
     )
-
-
-def _state_width(family: Family, base: nn.Module) -> int | None:
-    """Of what goes from layer to layer of the tower; None where its layers cannot be read."""
-    tower = family.tower(base)
-    if tower is None:
-        return None
-    first = tower.layers(family.tower_module(base))[0]
-    return next(m.in_features for m in first.modules() if isinstance(m, nn.Linear))
 
 
 def patches_per_side(tower: nn.Module) -> int | None:

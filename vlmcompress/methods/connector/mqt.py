@@ -87,16 +87,7 @@ class MQT(LearnedCompressor):
         return min(self.max_tokens, super().tokens_kept(segments, keep))
 
     def parts(self, shape: ConnectorShape) -> Queries:
-        """Queries, attention and the projection to the language model.
-
-        Raises:
-            ConfigError: for a width that sine positions cannot fill.
-        """
-        if shape.width % 4:
-            raise ConfigError(
-                f"mqt needs rows whose width is a multiple of 4 for its positions; these have "
-                f"{shape.width}. Use tokenpacker or c_abstractor with this model."
-            )
+        """Queries, attention and the projection to the language model."""
         heads = head_count(shape.width, self.head_width)
 
         def make() -> Queries:

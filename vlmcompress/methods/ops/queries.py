@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmcompress.methods.ops.grid import centres
 
@@ -25,15 +26,15 @@ def sine_places(size: tuple[int, int], table: tuple[int, int], width: int) -> Te
     Args:
         size: (height, width) of the map.
         table: (height, width) of the table.
-        width: channels, a multiple of 4.
+        width: channels; those beyond a multiple of 4 are 0.
     """
     y, x = (
         (torch.arange(length) + 0.5) * side / length - 0.5
         for length, side in zip(size, table, strict=True)
     )
-    rows, columns = _waves(y, width // 2), _waves(x, width // 2)
+    rows, columns = _waves(y, width // 4), _waves(x, width // 4)
     both = (columns.expand(size[0], -1, -1), rows[:, None].expand(-1, size[1], -1))
-    return torch.cat(both, -1).flatten(0, 1)
+    return pad(torch.cat(both, -1).flatten(0, 1), (0, width % 4))
 
 
 def stand_for(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +53,8 @@ def stand_for(weights: Tensor) -> tuple[Tensor, Tensor]:
     return places, weights.argmax(1).scatter(1, places, own)
 
 
-def _waves(places: Tensor, width: int) -> Tensor:
-    """[length, width] sines, then cosines, of places ([length]) at falling frequencies."""
-    steps = torch.arange(width // 2, dtype=torch.float32) / (width // 2)
+def _waves(places: Tensor, count: int) -> Tensor:
+    """[length, 2 * count] sines, then cosines, of places ([length]) at falling frequencies."""
+    steps = torch.arange(count, dtype=torch.float32) / max(1, count)
     angles = places.float()[:, None] * _LONGEST**-steps
     return torch.cat([angles.sin(), angles.cos()], -1)
