@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmcompress.core.errors import (
         AlreadyPatchedError,
         CacheMismatchError,
+        CheckpointError,
         ConfigError,
         ConfigTypeError,
         EvidenceError,
@@ -40,6 +41,7 @@ _PLACES = {
     "core.errors": (
         "AlreadyPatchedError",
         "CacheMismatchError",
+        "CheckpointError",
         "ConfigError",
         "ConfigTypeError",
         "EvidenceError",
@@ -63,6 +65,7 @@ __all__ = [
     "AlreadyPatchedError",
     "AutoKeep",
     "CacheMismatchError",
+    "CheckpointError",
     "CompressionConfig",
     "ConfigError",
     "ConfigTypeError",

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.hub import adapters
 from tests.hub.server import TOKEN, serving
@@ -163,6 +164,18 @@ def test_a_hub_that_is_not_there(tmp_path):
         hub.load(
             adapters.model(), "me/half", endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "cache"
         )
+
+
+def test_a_hub_that_cannot_be_asked_for_its_card(server, monkeypatch):
+    """Nothing goes: a card that others wrote there would be lost."""
+
+    def unreachable(*args, **options):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", unreachable)
+    with pytest.raises(LocalEntryNotFoundError):
+        push(trained()[0], server)
+    assert not server.repositories
 
 
 def rows(server, name="me/results"):

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.hub.cards import table
@@ -236,6 +241,8 @@ def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) ->
     """The repository's README.md into a folder, where there is one."""
     try:
         path = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except LocalEntryNotFoundError:
+        raise  # the Hub cannot be reached, which says nothing about its card
     except (EntryNotFoundError, RepositoryNotFoundError):
         return
     shutil.copyfile(path, folder / CARD)

@@ -10,9 +10,11 @@ from vlmcompress.methods.base import (
 from vlmcompress.methods.decoder.base import LayerReducer
 from vlmcompress.methods.registry import create, get, names
 from vlmcompress.methods.tower.base import TowerReducer
+from vlmcompress.methods.trained import LearnedCompressor
 
 __all__ = [
     "LayerReducer",
+    "LearnedCompressor",
     "Method",
     "Needs",
     "PromptCompressor",
