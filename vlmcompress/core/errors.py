@@ -61,6 +61,14 @@ class CheckpointError(VLMCompressError, RuntimeError):
     """A training checkpoint cannot be written, or cannot be read back."""
 
 
+class ResultsError(VLMCompressError, RuntimeError):
+    """Results of a measurement cannot be written, or another run is writing them."""
+
+
+class DataError(VLMCompressError, ValueError):
+    """Training data cannot be used; the message names the row."""
+
+
 class MissingTextError(VLMCompressError, ValueError):
     """A text-aware method has neither a processor nor an explicit question."""
 

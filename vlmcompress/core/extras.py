@@ -9,7 +9,10 @@ from vlmcompress.core.errors import MissingExtraError
 
 EXTRA_OF = {
     "accelerate": "eval",
+    "bitsandbytes": "train",
+    "datasets": "train",
     "filelock": "eval",
+    "jinja2": "eval",
     "matplotlib": "eval",
     "open_clip": "clip",
     "peft": "train",

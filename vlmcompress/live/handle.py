@@ -198,6 +198,8 @@ class Handle:
     def encode(self, **call: Any) -> CompressedEncoding:
         """Encode and compress the images of a call once, for many questions.
 
+        Inside `disabled` everything is kept.
+
         Returns:
             What to pass as `mm_encoder_outputs=` instead of the pixels, with full `input_ids`; it
             is not compressed a second time.
@@ -212,6 +214,8 @@ class Handle:
         watch = Stopwatch(next(self._model.parameters()).device)
         state = self._state
         pipeline_now = state.settings.pipeline
+        if not state.active:
+            pipeline_now = pipeline_now.switched_off()
         return CompressedEncoding(calls.encode(self._model, state, pipeline_now, call, watch))
 
     def remove(self) -> None:
