@@ -22,7 +22,6 @@ FILES = sorted(path for package in OWN for path in (ROOT / package).rglob("*.py"
 #: Extras' packages that no code here imports: transformers does when a user asks it to.
 THROUGH_TRANSFORMERS = {
     "accelerate": "device_map",
-    "bitsandbytes": "weights of 4 and 8 bits",
 }
 
 #: Import names that differ from the distribution's.

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmcompress.cli.lora import lora
 from vlmcompress.cli.output import Json, emit, progress
 from vlmcompress.cli.values import REFERENCE, load
 
-app = typer.Typer(no_args_is_help=True, help="Train what methods learn.")
+app = typer.Typer(no_args_is_help=True, help="Train what methods learn, and LoRA.")
 
 _BATCH = 64
 _DEFAULT_RANK = 8
@@ -21,6 +22,8 @@ _DEFAULT_RANK = 8
 def main() -> None:
     """Train what methods learn."""
 
+
+app.command()(lora)
 
 @app.command()
 def atp(
