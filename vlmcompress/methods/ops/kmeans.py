@@ -128,12 +128,13 @@ def kmeans(
     """
     centres, k = start.to(x.dtype), start.shape[1]
     share = x.new_ones(x.shape[:2]) if weights is None else weights.to(x.dtype)
+    weighted = x if weights is None else x * share[..., None]
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     running = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(iterations):
         labels = torch.where(running[:, None], _products(x, unit(centres)).argmax(2), labels)
         mass = group_sum(share[..., None], labels, k)
-        means = group_sum(x, labels, k, share) / torch.where(mass > 0, mass, 1)
+        means = group_sum(weighted, labels, k) / torch.where(mass > 0, mass, 1)
         means = torch.where(mass > 0, means, centres)
         running = running & ((means - centres).flatten(1).norm(dim=1) >= tolerance)
         if not bool(running.any()):
