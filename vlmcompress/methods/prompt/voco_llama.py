@@ -9,13 +9,11 @@ of an image, and does not depend on what is asked about it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vlmcompress.core.errors import CheckpointError, ConfigTypeError, UnsupportedInputError
-from vlmcompress.methods.layouts import check_tensor, layout, tensors
+from vlmcompress.core.errors import CheckpointError, UnsupportedInputError
 from vlmcompress.methods.learned import Learned
 
 #: Row of the released table of embeddings that belongs to the compression token.
@@ -25,8 +23,8 @@ RELEASED_ID = 32000
 class VocoTokens(Learned):
     """Embeddings of the compression tokens.
 
-    The released model has one for all of them, its 32,000th; here each token has its own, and those
-    of a released file start out equal. They are drawn as Llama draws embeddings.
+    The released model has one for all of them, row 32,000 of its table; here each token has its
+    own, and those of a released file start out equal. They are drawn as Llama draws embeddings.
 
     Args:
         tokens: per image.
@@ -35,39 +33,25 @@ class VocoTokens(Learned):
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__(method="voco_llama", tokens=tokens, width=width)
-        self.embeddings = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.embed_tokens = nn.Embedding(tokens, width)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
 
     def rows(self, images: int, dtype: torch.dtype) -> Tensor:
         """[images, tokens, width], the same for every image."""
-        return self.embeddings.to(dtype).expand(images, -1, -1)
+        return self.embed_tokens.weight.to(dtype).expand(images, -1, -1)
 
+    def released(self, name: str, tensor: Tensor) -> Tensor:
+        """The row of the compression token in the released table of embeddings, for each of ours.
 
-@torch.no_grad()
-def load_released(parts: Learned, path: str | Path) -> None:
-    """Take the embedding over from the authors' checkpoint.
-
-    Args:
-        parts: a `VocoTokens`.
-        path: a safetensors file, or a model's folder.
-
-    Raises:
-        ConfigTypeError: for parts of another method.
-        CheckpointError: for a file that is missing, broken or of another model.
-    """
-    if not isinstance(parts, VocoTokens):
-        raise ConfigTypeError(
-            f"The embedding is one of voco_llama's parts, not of {type(parts).__name__}."
-        )
-    (name,) = layout("voco_llama").shapes()
-    table = tensors(path, [name])[name]
-    if len(table) <= RELEASED_ID:
-        raise CheckpointError(
-            f"{name} of {path} has {len(table)} rows, and the compression token is row "
-            f"{RELEASED_ID}; give a checkpoint of VoCo-LLaMA."
-        )
-    row = table[RELEASED_ID]
-    check_tensor(path, name, row, parts.embeddings.shape[1:])
-    parts.embeddings.copy_(row.expand_as(parts.embeddings))
+        Raises:
+            CheckpointError: for a table without that row.
+        """
+        if tensor.ndim != 2 or len(tensor) <= RELEASED_ID:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensor.shape)}, and the compression token is row "
+                f"{RELEASED_ID}; give a checkpoint of VoCo-LLaMA."
+            )
+        return tensor[RELEASED_ID].expand(len(self.embed_tokens.weight), -1)
 
 
 @dataclass(frozen=True)
