@@ -238,7 +238,7 @@ class _Run:
             self._note(cell, answers, samples, run)
 
     def _inputs(self, samples: Sequence[Sample], with_image: bool) -> Any:
-        texts = [prompt_of(self.processor, s.question, with_image) for s in samples]
+        texts = [prompt_of(self.processor, s.question, int(with_image)) for s in samples]
         images = {"images": [s.image for s in samples]} if with_image else {}
         inputs = self.processor(
             text=texts, **images, padding=True, padding_side="left", return_tensors="pt"
@@ -281,9 +281,9 @@ def is_right(answer: str, expected: str) -> bool:
     return answer.strip().lower() == expected.strip().lower()
 
 
-def prompt_of(processor: Any, question: str, with_image: bool) -> str:
-    """The chat prompt that asks a question, about an image or without one."""
-    content = [{"type": "image"}] if with_image else []
+def prompt_of(processor: Any, question: str, images: int) -> str:
+    """The chat prompt that asks a question about that many images, which come first."""
+    content = [{"type": "image"}] * images
     content.append({"type": "text", "text": question})
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True

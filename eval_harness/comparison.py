@@ -22,6 +22,7 @@ from eval_harness import asking, machine
 from eval_harness.asking import BLIND_CELL, FULL, FULL_CELL, Asking, Cell
 from eval_harness.controls import ORACLES
 from eval_harness.paired import World
+from eval_harness.replay import built
 from eval_harness.resume import Part, measured
 from eval_harness.speed import HOW, SpeedPlan, time_method
 from vlmcompress.core.errors import ConfigError, VLMCompressError
@@ -287,7 +288,7 @@ def source(method: str) -> str:
     """Hash of the files that define a method, without what they import; empty for controls."""
     if method == FULL or method in ORACLES:
         return ""
-    kinds = {type(stage) for stage in pipeline.build(method, keep=1).templates}
+    kinds = {type(stage) for stage in built(method).templates}
     files = sorted({inspect.getfile(kind) for kind in kinds})
     return sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
 

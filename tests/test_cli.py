@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "bench-selection", "pareto")
 GROUPS = {
     "calibrate": ("fitprune", "early_exit"),
-    "eval": ("methods", "retrieval"),
+    "eval": ("methods", "run", "retrieval"),
     "reference": ("train", "eval", "study"),
 }
 

@@ -22,6 +22,7 @@ from vlmcompress.cli import (
     reference,
     retrieval,
     selection,
+    sweep,
     train,
 )
 from vlmcompress.cli.output import Group
@@ -40,6 +41,7 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
+evaluation.app.command()(sweep.run)
 evaluation.app.command()(retrieval.retrieval)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(evaluation.app, name="eval")
