@@ -11,11 +11,15 @@ TEST_ARGS ?=
 PARETO_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 METHODS_ARGS ?=
+ATP_SEEDS ?= 0 1 2
+ATP_ARGS ?= --steps 400 --lambda-target 0.03 --questions 0
+COMMA := ,
+SPACE := $(subst ,, )
 RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results
+.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results
 
 setup: $(STAMP)
 
@@ -70,12 +74,19 @@ pareto: $(STAMP)  ## accuracy against time over methods in the tower and after i
 	$(SINGLE) $(BIN)/vlmcompress pareto --clock cpu --out $(RESULTS)/pareto.json $(PARETO_ARGS)
 	$(BIN)/python scripts/readme.py
 
+# Ten minutes on two cores, with the thresholds of three trainings (ATP_SEEDS), which lie in build/.
+schedules-results: $(STAMP)  ## methods inside the language model at equal cost
+	for seed in $(ATP_SEEDS); do $(BIN)/vlmcompress train atp --out build/atp-$$seed --seed $$seed $(ATP_ARGS) || exit 1; done
+	$(BIN)/vlmcompress eval schedules --out eval_harness/results/schedules.json --adapters adapters/atp-reference
+	$(BIN)/vlmcompress eval adaptive --out eval_harness/results/adaptive.json --adapters $(subst $(SPACE),$(COMMA),$(ATP_SEEDS:%=build/atp-%))
+	$(BIN)/python scripts/readme.py
+
 retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retrieval and FLOPs
 	mkdir -p $(RESULTS)
 	$(BIN)/vlmcompress eval retrieval --out $(RESULTS)/retrieval.json
 	$(BIN)/python scripts/readme.py
 
-results: reference-results methods-results retrieval-results pareto  ## the results files that the documentation quotes
+results: reference-results methods-results schedules-results retrieval-results pareto  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
 
 readme: demo  ## pictures and tables of README.md and docs/ from results

@@ -221,7 +221,7 @@ def ask_method(world: str, method: str, plan: Plan, weights: Path) -> dict[str, 
     import torch
 
     torch.set_num_threads(1)
-    model, processor, samples, clip = _subject(world, plan.questions[world], plan.split, weights)
+    model, processor, samples, clip = subject(world, plan.questions[world], plan.split, weights)
     alone = method == FULL
     answers = asking.ask(
         model,
@@ -255,7 +255,7 @@ def ask_method(world: str, method: str, plan: Plan, weights: Path) -> dict[str, 
 
 
 @lru_cache(maxsize=2)
-def _subject(world: str, n: int, split: str, weights: Path) -> tuple[Any, Any, list[Any], Any]:
+def subject(world: str, n: int, split: str, weights: Path) -> tuple[Any, Any, list[Any], Any]:
     """Model, processor, questions and text head: the same for all parts of a process."""
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor

@@ -44,3 +44,25 @@ def _row(row: dict[str, Any], tokens: int) -> list[str]:
 def _percent(estimate: list[float], sign: str = "") -> str:
     mean, low, high = (100 * x for x in estimate)
     return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def adaptive_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of trained thresholds against tuned schedules; differences are paired."""
+    header = ["method", "layers", "FLOPs of prefill", "accuracy %", "trained minus this"]
+    found = []
+    for name, accuracy in results["accuracy"].items():
+        difference, layers = results["difference"].get(name), results["layers"].get(name)
+        found.append(
+            [
+                f"`{name}`",
+                "its own" if layers is None else " ".join(map(str, layers)),
+                f"{results['flops'][name]:.4f}",
+                _percent(_listed(accuracy)),
+                "-" if difference is None else _percent(_listed(difference), "+"),
+            ]
+        )
+    return header, found
+
+
+def _listed(estimate: dict[str, float]) -> list[float]:
+    return [estimate[name] for name in ("mean", "low", "high")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from vlmcompress.methods.decoder.base import LayerReducer
 
 #: Fixed schedules, and whether they drop at each of the adaptive method's sites or at the first.
 FIXED = (("fastv", False), ("pyramiddrop", True), ("random_layer", True), ("uniform_layer", True))
+#: Of the interval that an average is searched in.
+_HALVINGS = 30
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,13 @@ class Spent:
             ConfigError: where the configuration describes no stack whose costs are known.
         """
         spent = whole = 0
-        for tokens, text in zip(self.tokens.tolist(), self.text.tolist(), strict=True):
+        alike = Counter(zip(map(tuple, self.tokens.tolist()), self.text.tolist(), strict=True))
+        for (tokens, text), times in alike.items():
             lengths = [(n + text, n + text) for n in tokens]
             mine, full = layered_flops(config, lengths), prefill_flops(config, tokens[0] + text)
             if mine is None or full is None:
                 raise ConfigError("The FLOPs of this language model are not known by formula.")
-            spent, whole = spent + mine, whole + full
+            spent, whole = spent + times * mine, whole + times * full
         return spent / whole
 
 
@@ -66,7 +71,7 @@ def spent(
         for start in range(0, len(samples), batch_size):
             asked = samples[start : start + batch_size]
             inputs = processor(
-                text=[prompt_of(processor, s.question, True) for s in asked],
+                text=[prompt_of(processor, s.question, 1) for s in asked],
                 images=[s.image for s in asked],
                 padding=True,
                 padding_side="left",
@@ -100,9 +105,10 @@ def fixed(method: LayerReducer, share: float) -> list[LayerReducer]:
 def against_schedules(
     model: Any,
     processor: Any,
-    method: LayerReducer,
+    method: LayerReducer | Sequence[LayerReducer],
     samples: Iterable[Sample],
     *,
+    layers: Mapping[str, Sequence[int]] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     new_tokens: int = 6,
@@ -113,8 +119,11 @@ def against_schedules(
     Args:
         model: an unpatched VLM; unpatched again afterwards.
         processor: with a chat template.
-        method: inside the language model, with thresholds of its own and `layers`.
+        method: inside the language model, with thresholds of its own and `layers`; several of one
+            kind, such as those of several trainings, count as runs of it.
         samples: questions; those of one image should follow each other.
+        layers: {fixed schedule: its layers}, where they were tuned; each then has the FLOPs of the
+            adaptive method. Otherwise all have its layers and its average.
         batch_size: questions at a time.
         seed: of random dropping and of the bootstrap.
         new_tokens: longest answer.
@@ -128,10 +137,17 @@ def against_schedules(
         `by_kind` {method: {kind: float}}, `seed`, `machine`.
     """
     asked = list(samples)
-    mine = spent(model, processor, method, asked, batch_size)
-    others = fixed(method, float(mine.shares.mean()))
-    methods = [method, *others]
-    plan = Asking({m.name: Entry.of(m) for m in methods}, (None,), ("auto",))
+    runs = [method] if isinstance(method, LayerReducer) else list(method)
+    config = model.config.get_text_config()
+    mine = joined(spent(model, processor, run, asked, batch_size) for run in runs)
+    others = (
+        fixed(runs[0], float(mine.shares.mean()))
+        if layers is None
+        else [at_equal_flops(name, row, mine, config) for name, row in layers.items()]
+    )
+    own_names = [f"{run.name} {i}" for i, run in enumerate(runs)]
+    entries = dict(zip(own_names, map(Entry.of, runs), strict=True))
+    plan = Asking(entries | {m.name: Entry.of(m) for m in others}, (None,), ("auto",))
     answers = ask(
         model,
         processor,
@@ -142,18 +158,19 @@ def against_schedules(
         new_tokens=new_tokens,
         progress=progress,
     )
-    config = model.config.get_text_config()
-    depth = mine.tokens.shape[1]
-    right = {m.name: answers.right[Cell("auto", m.name, None)][0].astype(float) for m in methods}
+    depth, name = mine.tokens.shape[1], runs[0].name
+    told = {n: answers.right[Cell("auto", n, None)][0].astype(float) for n in plan.entries}
+    right = {name: np.mean([told[own] for own in own_names], axis=0)}
+    right |= {m.name: told[m.name] for m in others}
     full, blind = (answers.right[cell][0].astype(float) for cell in (FULL_CELL, BLIND_CELL))
     kinds = np.array([s.kind for s in asked])
     scenes = np.array([s.scene_id for s in asked])
-    own = right[method.name]
+    own = right[name]
     gaps = {m.name: own - right[m.name] for m in others}
     rows = [*right.values(), *gaps.values(), full, own - full, blind]
     found = iter(e.to_dict() for e in statistics.means_over_kinds(rows, kinds, scenes, seed=seed))
-    flops = {method.name: mine.flops(config)}
-    flops |= {m.name: _scheduled(m, mine, depth).flops(config) for m in others}
+    flops = {name: mine.flops(config)}
+    flops |= {m.name: scheduled(m, mine, depth).flops(config) for m in others}
     return {
         "questions": len(asked),
         "images": len(set(scenes.tolist())),
@@ -167,6 +184,8 @@ def against_schedules(
         "over_full": next(found),
         "blind": next(found),
         "flops": flops,
+        "layers": {m.name: list(m.options()["layers"]) for m in others},
+        "runs": [float(told[own].mean()) for own in own_names],
         "by_kind": {
             name: {str(kind): float(row[kinds == kind].mean()) for kind in np.unique(kinds)}
             for name, row in {"full": full, **right}.items()
@@ -176,7 +195,50 @@ def against_schedules(
     }
 
 
-def _scheduled(method: LayerReducer, like: Spent, depth: int) -> Spent:
+def joined(several: Iterable[Spent]) -> Spent:
+    """What several runs spend on the same questions, one after the other."""
+    every = list(several)
+    tokens = np.concatenate([one.tokens for one in every])
+    return Spent(tokens, np.concatenate([one.text for one in every]))
+
+
+def at_equal_flops(name: str, layers: Sequence[int], like: Spent, config: Any) -> LayerReducer:
+    """A fixed schedule at some layers whose prefill has the FLOPs of another method's.
+
+    Raises:
+        ConfigError: where the layers before its first site alone have more.
+    """
+    schedule = create(name, layers=tuple(layers), average_keep=1.0)
+    found = matched(schedule, like, config) if isinstance(schedule, LayerReducer) else None
+    if found is None:
+        raise ConfigError(f"{name} before layers {list(layers)} cannot be as cheap; drop earlier.")
+    return found
+
+
+def matched(method: LayerReducer, like: Spent, config: Any) -> LayerReducer | None:
+    """The schedule with the average at which its prefill has as many FLOPs; None where none has.
+
+    Args:
+        method: with `average_keep`.
+        like: what the other one spends.
+        config: of the language model.
+    """
+    wanted, depth = like.flops(config), like.tokens.shape[1]
+    low, high, best = 0.0, 1.0, None
+    for _ in range(_HALVINGS):
+        average = (low + high) / 2
+        tried = dataclasses.replace(method, average_keep=average)  # type: ignore[call-arg, type-var]
+        try:
+            found = scheduled(tried, like, depth).flops(config)
+        except ConfigError:  # the layers before its first site alone cost more
+            low = average
+            continue
+        low, high = (average, high) if found < wanted else (low, average)
+        best = tried if found <= wanted else best
+    return best
+
+
+def scheduled(method: LayerReducer, like: Spent, depth: int) -> Spent:
     """What a fixed schedule spends on the same questions; its counts are known beforehand."""
     tokens = np.empty_like(like.tokens)
     for row, n in zip(tokens, like.tokens[:, 0].tolist(), strict=True):

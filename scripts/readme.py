@@ -13,20 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval_harness import pareto_tables, tables
+from eval_harness import layerwise_tables, pareto_tables, tables
 from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from eval_harness.retrieval import rows as retrieval_rows
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
 from vlmcompress.reference.card import card, markdown, report, worlds_table
 from vlmcompress.reference.curve import TRAINING_LOG
-from vlmcompress.reference.study import stored
+from vlmcompress.reference.study import digest
 from vlmcompress.reference.weights import WEIGHTS_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
-METHODS = ROOT / "eval_harness" / "results" / "methods.json"
+RESULTS = ROOT / "eval_harness" / "results"
+METHODS = RESULTS / "methods.json"
+SCHEDULES = RESULTS / "schedules.json"
+ADAPTIVE = RESULTS / "adaptive.json"
 _CLOCKS = ("wall", "cpu")
+_SCHEDULES = "make schedules-results"
 
 
 def insert(document: str, region: str, content: str) -> str:
@@ -226,6 +230,33 @@ def retrieval_region(results: dict[str, Any]) -> str:
     )
 
 
+def schedules_region(results: dict[str, Any]) -> str:
+    """Methods inside the language model at equal averages, and where they come from."""
+    source = _source("../eval_harness/results/schedules.json", results["machine"], _SCHEDULES)
+    return (
+        f"{markdown(*layerwise_tables.rows(results))}\n\n"
+        f"Accuracy in % (95 % interval, bootstrap over scenes) on {results['questions']} questions "
+        f"about {results['images']} scenes; {100 * results['full'][0]:.1f} with all tokens, "
+        f"{100 * results['blind'][0]:.1f} without the image. Averages are means over layers and "
+        "questions of the share of visual tokens in a layer's attention; FLOPs are those of the "
+        f"language model's prefill by formula, relative to all tokens. {source}"
+    )
+
+
+def adaptive_region(results: dict[str, Any]) -> str:
+    """Trained thresholds against fixed schedules of equal FLOPs, and where they come from."""
+    source = _source("../eval_harness/results/adaptive.json", results["machine"], _SCHEDULES)
+    trials = max(len(row["tried"]) for row in results["tuned"].values())
+    runs = ", ".join(f"{100 * run:.1f}" for run in results["runs"])
+    return (
+        f"{markdown(*layerwise_tables.adaptive_rows(results))}\n\n"
+        f"{results['questions']} questions about {results['images']} scenes of the test split; "
+        f"accuracy in % with 95 % intervals, differences paired by question. Layers of the fixed "
+        f"schedules are the best of up to {trials} lists each on {results['validation']} questions "
+        f"of the validation split. Right answers of the single trainings in %: {runs}. {source}"
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -277,58 +308,56 @@ def _source(path: str, machine: dict[str, Any], command: str) -> str:
     )
 
 
+#: (page, region, results file, what makes the one of the other). Regions without a file stay.
+REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
+    ("README.md", "table", ASSETS / "results.json", accuracy_region),
+    ("README.md", "bench", ASSETS / "bench.json", bench_region),
+    ("README.md", "worlds", ASSETS / "reference_eval.json", worlds_region),
+    ("README.md", "picture", METHODS, picture_region),
+    ("docs/results.md", "methods", METHODS, methods_region),
+    ("docs/results.md", "schedules", SCHEDULES, schedules_region),
+    ("docs/results.md", "adaptive", ADAPTIVE, adaptive_region),
+    ("docs/reference-model.md", "reference", ASSETS / "reference_eval.json", reference_region),
+    ("docs/exactness.md", "matrix", ASSETS / "matrix.json", matrix_region),
+    ("docs/exactness.md", "exemptions", ASSETS / "matrix.json", exemptions_region),
+    ("docs/benchmarking.md", "pareto", ASSETS / "pareto.json", pareto_region),
+    ("docs/benchmarking.md", "imports", ASSETS / "import_time.json", import_region),
+    ("docs/benchmarking.md", "selection", ASSETS / "selection.json", selection_region),
+    ("docs/bare-towers.md", "retrieval", ASSETS / "retrieval.json", retrieval_region),
+)
+
+
 def documents() -> dict[Path, str]:
     """Every page with generated regions, made anew from the results files that exist."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    reference = (ROOT / "docs" / "reference-model.md").read_text(encoding="utf-8")
-    benchmarking = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-    exactness = (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
-    benchmarking = _measured(benchmarking, "pareto", "pareto.json", pareto_region)
-    exactness = _measured(exactness, "matrix", "matrix.json", matrix_region)
-    benchmarking = _measured(benchmarking, "imports", "import_time.json", import_region)
-    benchmarking = _measured(benchmarking, "selection", "selection.json", selection_region)
-    readme = _measured(readme, "table", "results.json", accuracy_region)
-    readme = _measured(readme, "bench", "bench.json", bench_region)
-    table = families_table()
-    study = stored(ASSETS / "reference_eval.json")
-    compared = stored(METHODS)
-    if study is not None:
-        readme = insert(readme, "worlds", worlds_region(study))
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    if compared is not None:
-        readme = insert(readme, "picture", picture_region(compared))
-        results = insert(results, "methods", methods_region(compared))
-    return {
-        ROOT / "README.md": insert(readme, "families", table),
-        ROOT / "docs" / "reference-model.md": (
-            reference if study is None else insert(reference, "reference", reference_region(study))
-        ),
-        ROOT / "docs" / "results.md": results,
-        WEIGHTS_DIR / "README.md": card(training_log(), study),
-        ROOT / "docs" / "families.md": insert(families, "families", table),
-        ROOT / "docs" / "exactness.md": _measured(
-            exactness, "exemptions", "matrix.json", exemptions_region
-        ),
-        ROOT / "docs" / "benchmarking.md": benchmarking,
-        ROOT / "docs" / "bare-towers.md": _measured(
-            (ROOT / "docs" / "bare-towers.md").read_text(encoding="utf-8"),
-            *("retrieval", "retrieval.json", retrieval_region),
-        ),
-    }
+    pages: dict[Path, str] = {}
+
+    def put(page: str, region: str, content: str) -> None:
+        path = ROOT / page
+        text = pages.get(path) or path.read_text(encoding="utf-8")
+        pages[path] = insert(text, region, content)
+
+    for page in ("README.md", "docs/families.md"):
+        put(page, "families", families_table())
+    for page, region, file, make in REGIONS:
+        results = current(file)
+        if results is not None:
+            put(page, region, make(results))
+    study = current(ASSETS / "reference_eval.json")
+    return {**pages, WEIGHTS_DIR / "README.md": card(training_log(), study)}
+
+
+def current(file: Path) -> dict[str, Any] | None:
+    """Results from a file; None where there is none, or it is of other reference weights."""
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    weights = WEIGHTS_DIR / "model.safetensors"
+    return found if found.get("weights") in (None, digest(weights)) else None
 
 
 def training_log() -> dict[str, Any]:
     """What is known of the training of the shipped weights."""
     return json.loads(TRAINING_LOG.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
-def _measured(document: str, region: str, name: str, make: Callable[[dict[str, Any]], str]) -> str:
-    """`document` with a region made from a results file, as it is where there is none."""
-    file = ASSETS / name
-    if not file.exists():
-        return document
-    return insert(document, region, make(json.loads(file.read_text(encoding="utf-8"))))
 
 
 def main() -> None:
@@ -341,9 +370,9 @@ def main() -> None:
         for name in ("kept.png", "curve.png", "results.json"):
             shutil.copy(folder / name, ASSETS / name)
     plot_learning(training_log(), ASSETS / "learning.png")
-    if (ASSETS / "pareto.json").exists():
-        plot_pareto(json.loads((ASSETS / "pareto.json").read_text()), ASSETS / "pareto.png")
-    compared = stored(METHODS)
+    front, compared = current(ASSETS / "pareto.json"), current(METHODS)
+    if front is not None:
+        plot_pareto(front, ASSETS / "pareto.png")
     if compared is not None:
         plot_comparison(compared, ASSETS / "methods.png")
     for path, content in documents().items():

@@ -53,7 +53,7 @@ def test_llava_in_words():
     assert (found.tower.layers, found.tower.layers_read) == (24, 23)
     assert "24 x 24 = 576 per image" in text
     assert "default method: vtc_cls" in text
-    assert [v.name for v in found.methods if not v.runs] == ["cdpruner"]
+    assert [v.name for v in found.methods if not v.runs] == ["bus", "cdpruner"]
     assert "cannot run cdpruner: 'cdpruner' read(s) the question: pass patch(..., clip=" in text
 
 

@@ -17,6 +17,7 @@ from vlmcompress.cli import (
     doctor,
     evaluation,
     generate,
+    layerwise,
     methods,
     pareto,
     reference,
@@ -43,6 +44,8 @@ app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
 evaluation.app.command()(sweep.run)
 evaluation.app.command()(retrieval.retrieval)
+evaluation.app.command()(layerwise.schedules)
+evaluation.app.command()(layerwise.adaptive)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(reference.app, name="reference")

@@ -1,4 +1,4 @@
-"""`vlmcompress eval schedules`: methods inside the language model at equal averages."""
+"""`vlmcompress eval schedules` and `adaptive`: methods inside the language model at equal cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from vlmcompress.cli.output import Json, emit, progress, table
-from vlmcompress.cli.values import REFERENCE, location, words
+from vlmcompress.cli.values import REFERENCE, load, location, words
+
+_BATCH = 64
 
 
 def schedules(
@@ -63,3 +65,74 @@ def _text(results: dict[str, Any]) -> str:
         f"{100 * results['blind'][0]:.1f} without the image"
     )
     return f"{head}\n\n{table(*rows(results))}"
+
+
+def adaptive(
+    adapters: Annotated[
+        str, typer.Option(help="Comma-separated folders: one method, trained with several seeds.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    questions: Annotated[int, typer.Option(min=1, help="Of the test split.")] = 2000,
+    validation: Annotated[
+        int, typer.Option(min=1, help="Of the validation split, to choose fixed layers by.")
+    ] = 512,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Lists of layers tried for each fixed schedule.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Of the choice of layers and the bootstrap.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Trained thresholds against fixed schedules of equal FLOPs whose layers were tuned."""
+    from eval_harness.comparison import save
+    from eval_harness.schedules import against_schedules, spent
+    from eval_harness.tuning import tuned
+    from vlmcompress.reference.data import samples
+    from vlmcompress.reference.study import digest
+    from vlmcompress.reference.weights import WEIGHTS_DIR
+
+    methods = [_method(folder) for folder in words(adapters)]
+    model, processor = load(REFERENCE, device=device)
+    held_out: Any = list(samples("validation", validation))
+    asked: Any = samples("test", questions)
+    like = spent(model, processor, methods[0], held_out, _BATCH)
+    with progress("batches", -(-validation // _BATCH) + -(-questions // _BATCH)) as bar:
+        options: Any = {"batch_size": _BATCH, "seed": seed, "progress": lambda _line: bar.update()}
+        sites = len(methods[0].layers)
+        chosen = tuned(model, processor, held_out, like, sites, trials, **options)
+        found = against_schedules(
+            model,
+            processor,
+            methods,
+            asked,
+            layers={name: row["layers"] for name, row in chosen.items()},
+            **options,
+        )
+    found["machine"]["shape"] = REFERENCE
+    results = {
+        "weights": digest(WEIGHTS_DIR / "model.safetensors"),
+        "adapters": [Path(folder).name for folder in words(adapters)],
+        "validation": validation,
+        "tuned": chosen,
+        **found,
+    }
+    save(results, out)
+    emit(results, _adaptive_text(results), as_json)
+
+
+def _method(folder: str) -> Any:
+    from vlmcompress.hub.folder import read
+    from vlmcompress.methods import create
+
+    (stage,) = read(folder).located.stages
+    return create(stage.method, **stage.options)
+
+
+def _adaptive_text(results: dict[str, Any]) -> str:
+    from eval_harness.layerwise_tables import adaptive_rows
+
+    head = (
+        f"{results['questions']} questions; {len(results['runs'])} training(s); "
+        f"{results['average_keep']:.1%} of the visual tokens on average over layers"
+    )
+    return f"{head}\n\n{table(*adaptive_rows(results))}"
