@@ -20,7 +20,9 @@ from vlmcompress.methods import registry
 from vlmcompress.reference import KINDS, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "methods", "generate", "doctor", "bench", "bench-selection", "pareto")
+COMMANDS = (
+    *("demo", "methods", "generate", "doctor", "bench", "bench-selection", "pareto", "report"),
+)
 GROUPS = {
     "calibrate": ("fitprune", "early_exit"),
     "eval": ("methods", "run", "retrieval"),

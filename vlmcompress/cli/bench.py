@@ -93,7 +93,7 @@ def bench(
     if model is not None and random_weights is not None:
         raise typer.BadParameter("give --model or --random-weights, not both")
     configs = _configs(words(methods), words(keeps))
-    sizes = {"batches": _sizes(batches), "concurrency": _sizes(concurrency)}
+    sizes: dict[str, Any] = {"batches": _sizes(batches), "concurrency": _sizes(concurrency)}
     rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup}
     if tower:
         name, per_call = random_weights or model or REFERENCE, sizes["batches"] or [1]
@@ -208,7 +208,7 @@ def _swept(
     model: Any,
     request: Any,
     configs: Sequence[tuple[str, Any]],
-    sizes: dict[str, list[int]],
+    sizes: dict[str, Any],
     requests: int,
     options: dict[str, Any],
     rounds: dict[str, Any],
