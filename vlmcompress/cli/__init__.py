@@ -21,6 +21,7 @@ from vlmcompress.cli import (
     methods,
     pareto,
     reference,
+    report,
     retrieval,
     selection,
     sweep,
@@ -42,6 +43,7 @@ app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
+app.command()(report.report)
 evaluation.app.command()(sweep.run)
 evaluation.app.command()(retrieval.retrieval)
 evaluation.app.command()(layerwise.schedules)
