@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from eval_harness.sweep import run
 from vlmcompress.reference.tokenizer import build_processor
 
 
@@ -39,3 +40,13 @@ def model(processor):
         for parameter in made.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return made.eval()
+
+
+@pytest.fixture
+def go(model, processor):
+    """Run a sweep on the untrained model."""
+
+    def sweep(plan, folder, *, processor=processor, **options):
+        return run.sweep(plan, folder, lambda team: (model, processor, None), **options)
+
+    return sweep

@@ -1,9 +1,8 @@
-"""A sweep on an untrained model: order, resumption, failures, tokens and comparisons."""
+"""A sweep on an untrained model: order, resumption, failures and tokens."""
 
 from __future__ import annotations
 
 import json
-import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -11,44 +10,15 @@ import torch
 from PIL import Image
 
 from eval_harness.asking import prompt_of
-from eval_harness.pairs import holm
-from eval_harness.sweep import run, store
-from eval_harness.sweep.asker import Answer, Asker, Batch, Spent
-from eval_harness.sweep.plan import plan_of
+from eval_harness.sweep.asker import Asker
 from eval_harness.sweep.processes import Processes
 from eval_harness.sweep.tasks import open_task
 from eval_harness.sweep.worker import Worker
+from tests.harness import sweeps
 from vlmcompress import patch
 from vlmcompress.core.errors import ConfigError
 
 PATCHES = 196
-TASK = {"task": "reference", "limit": 10, "new_tokens": 3}
-
-
-def _plan(**options):
-    given = {"methods": ["vtc_cls"], "keeps": [0.1], "batch": 4, "tasks": [TASK], **options}
-    return plan_of(given)
-
-
-@pytest.fixture
-def go(model, processor):
-    def sweep(plan, folder, **options):
-        options.setdefault("processor", processor)
-        shown = options.pop("processor")
-        return run.sweep(plan, folder, lambda team: (model, shown, None), **options)
-
-    return sweep
-
-
-def _samples(folder, task="reference"):
-    """{name of a file: its lines}."""
-    files = sorted((folder / "samples" / task).iterdir())
-    return {file.name: file.read_text(encoding="utf-8") for file in files}
-
-
-def _rows(folder, label, task="reference"):
-    lines = _samples(folder, task)[f"{label}.jsonl"].splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
@@ -84,7 +54,7 @@ def pictures(tmp_path_factory):
 
 
 def test_everything_that_is_told(go, tmp_path, asked):
-    plan = _plan(methods=["vtc_cls", "fastv@2:0.5", "blind"], seeds=2)
+    plan = sweeps.plan(methods=["vtc_cls", "fastv@2:0.5", "blind"], seeds=2)
     results = go(plan, tmp_path)
     first = [label for label, _ in asked[:7]]
     assert first == [
@@ -105,7 +75,7 @@ def test_everything_that_is_told(go, tmp_path, asked):
     assert (task["metric"], task["questions"], task["images"]) == (
         "exact_match",
         10,
-        len({row["image_id"] for row in _rows(tmp_path, "full")}),
+        len({row["image_id"] for row in sweeps.rows(tmp_path, "full")}),
     )
     rows = {(row["method"], row["keep"]): row for row in task["rows"]}
     assert rows["full", None]["tokens"]["visual_kept"] == PATCHES
@@ -114,14 +84,14 @@ def test_everything_that_is_told(go, tmp_path, asked):
     assert rows["vtc_cls", 0.1]["over_random"]["questions"] == 10
     assert rows["fastv@2:0.5", None]["visual_layers"] == [PATCHES] * 2 + [98] * 3
     assert rows["blind", None]["tokens"]["visual_in"] == 0
-    assert set(rows["full", None]["by_kind"]) == {r["kind"] for r in _rows(tmp_path, "full")}
+    assert set(rows["full", None]["by_kind"]) == {r["kind"] for r in sweeps.rows(tmp_path, "full")}
 
 
 def test_tokens_of_each_sample(go, tmp_path, processor):
-    go(_plan(), tmp_path)
-    full, short = _rows(tmp_path, "full"), _rows(tmp_path, "vtc_cls@0.1")
+    go(sweeps.plan(), tmp_path)
+    full, short = sweeps.rows(tmp_path, "full"), sweeps.rows(tmp_path, "vtc_cls@0.1")
     for question, one, other in zip(
-        open_task(_plan().tasks[0]).questions(), full, short, strict=True
+        open_task(sweeps.plan().tasks[0]).questions(), full, short, strict=True
     ):
         text = prompt_of(processor, question.question, 1)
         inputs = processor(text=text, images=question.pictures[0].open(), return_tensors="pt")
@@ -134,11 +104,11 @@ def test_tokens_of_each_sample(go, tmp_path, processor):
 
 
 def test_answers_are_those_of_a_patched_model(go, tmp_path, model, processor):
-    plan = _plan(batch=1, methods=["divprune"], seed=5)
+    plan = sweeps.plan(batch=1, methods=["divprune"], seed=5)
     go(plan, tmp_path)
     questions = list(open_task(plan.tasks[0]).questions())
     for setting in plan.settings:
-        rows = _rows(tmp_path, setting.label.replace(":", "@"))
+        rows = sweeps.rows(tmp_path, setting.label.replace(":", "@"))
         for question, row in zip(questions, rows, strict=True):
             inputs = processor(
                 text=prompt_of(processor, question.question, 1),
@@ -154,15 +124,15 @@ def test_answers_are_those_of_a_patched_model(go, tmp_path, model, processor):
             new = ids[0, inputs["input_ids"].shape[1] :]
             said = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
             assert row["prediction"] == said
-    seeds = [row["seed"] for row in _rows(tmp_path, "random@0.1")]
+    seeds = [row["seed"] for row in sweeps.rows(tmp_path, "random@0.1")]
     assert seeds == [5 + i for i in range(10)]
 
 
 def test_reused_tower_changes_no_answer(go, tmp_path):
     methods = ["vtc_cls", "divprune", "fastervlm"]
-    go(_plan(methods=methods), tmp_path / "reused")
-    go(_plan(methods=methods, reuse_tower=False), tmp_path / "run")
-    assert _samples(tmp_path / "reused") == _samples(tmp_path / "run")
+    go(sweeps.plan(methods=methods), tmp_path / "reused")
+    go(sweeps.plan(methods=methods, reuse_tower=False), tmp_path / "run")
+    assert sweeps.samples(tmp_path / "reused") == sweeps.samples(tmp_path / "run")
 
 
 def _interrupt_after(batches):
@@ -177,7 +147,7 @@ def _interrupt_after(batches):
 
 
 def test_an_interrupted_sweep_goes_on(go, tmp_path, asked):
-    plan = _plan(methods=["vtc_cls", "divprune"], seeds=2)
+    plan = sweeps.plan(methods=["vtc_cls", "divprune"], seeds=2)
     whole = go(plan, tmp_path / "whole")
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +160,7 @@ def test_an_interrupted_sweep_goes_on(go, tmp_path, asked):
     assert [count for _, count in asked] == [2] * 5  # the last batch, of every run
     assert results["complete"]
     assert results["tasks"] == whole["tasks"]
-    assert _samples(tmp_path / "stopped") == _samples(tmp_path / "whole")
+    assert sweeps.samples(tmp_path / "stopped") == sweeps.samples(tmp_path / "whole")
     asked.clear()
     assert go(plan, tmp_path / "stopped")["tasks"] == whole["tasks"]
     assert asked == []
@@ -201,7 +171,7 @@ class _Killed(BaseException):
 
 
 def test_a_killed_sweep_goes_on_from_torn_lines(go, tmp_path, asked, monkeypatch):
-    plan = _plan()
+    plan = sweeps.plan()
     whole = go(plan, tmp_path / "whole")
 
     def killed(*_):
@@ -215,24 +185,24 @@ def test_a_killed_sweep_goes_on_from_torn_lines(go, tmp_path, asked, monkeypatch
     assert go(plan, tmp_path / "killed")["tasks"] == whole["tasks"]
     assert asked[0] == ("vtc_cls:0.1", 4)  # the batch of the torn line, as it was put together
     assert [label for label, _ in asked].count("full") == 2
-    assert _samples(tmp_path / "killed") == _samples(tmp_path / "whole")
+    assert sweeps.samples(tmp_path / "killed") == sweeps.samples(tmp_path / "whole")
 
 
 def test_methods_and_tasks_can_be_added(go, tmp_path, asked):
-    go(_plan(), tmp_path)
+    go(sweeps.plan(), tmp_path)
     asked.clear()
-    results = go(_plan(methods=["vtc_cls", "divprune"]), tmp_path)
+    results = go(sweeps.plan(methods=["vtc_cls", "divprune"]), tmp_path)
     assert {label for label, _ in asked} == {"divprune:0.1"}
     assert len(results["tasks"]["reference"]["rows"]) == 4
     with pytest.raises(ConfigError, match="batch = 4"):
-        go(_plan(batch=5), tmp_path)
+        go(sweeps.plan(batch=5), tmp_path)
     asked.clear()
-    go(_plan(batch=5), tmp_path, fresh=True)
+    go(sweeps.plan(batch=5), tmp_path, fresh=True)
     assert {count for _, count in asked} == {5}
 
 
 def test_processes_share_the_batches(go, tmp_path, model, processor, asked):
-    plan = _plan(seeds=2)
+    plan = sweeps.plan(seeds=2)
     whole = go(plan, tmp_path / "alone")
     folder = tmp_path / "shared"
     task = open_task(plan.tasks[0])
@@ -242,20 +212,20 @@ def test_processes_share_the_batches(go, tmp_path, model, processor, asked):
             Worker(asker, plan, folder, rank, Processes(rank, 2), None).ask(task)
         assert {count for _, count in asked} == ({4} if rank else {4, 2})
         asked.clear()
-    assert len(_samples(folder)) == 8  # two parts of every run
+    assert len(sweeps.samples(folder)) == 8  # two parts of every run
     with pytest.raises(ConfigError, match=r"has samples and no run.json"):
         go(plan, folder)
     (folder / "run.json").write_text((tmp_path / "alone" / "run.json").read_text(), "utf-8")
     assert go(plan, folder)["tasks"] == whole["tasks"]
     assert asked == []
-    assert _samples(folder) == _samples(tmp_path / "alone")
+    assert sweeps.samples(folder) == sweeps.samples(tmp_path / "alone")
 
 
 def test_a_broken_picture_is_a_failed_sample(go, tmp_path, pictures):
-    results = go(_plan(tasks=[{"task": str(pictures), "name": "noise"}]), tmp_path)
+    results = go(sweeps.plan(tasks=[{"task": str(pictures), "name": "noise"}]), tmp_path)
     assert results["failed"] == 3  # one sample of three settings
     for label in ("full", "random@0.1", "vtc_cls@0.1"):
-        rows = _rows(tmp_path, label, "noise")
+        rows = sweeps.rows(tmp_path, label, "noise")
         assert [row["id"] for row in rows if row["error"]] == ["2"]
         assert "image '2.png' cannot be read" in rows[2]["error"]
         assert rows[2]["score"] is rows[2]["prediction"] is None
@@ -267,8 +237,8 @@ def test_a_broken_picture_is_a_failed_sample(go, tmp_path, pictures):
 
 
 def test_several_pictures_in_one_prompt(go, tmp_path, pictures):
-    go(_plan(tasks=[{"task": str(pictures), "name": "noise"}]), tmp_path)
-    full, short = (_rows(tmp_path, label, "noise")[-1] for label in ("full", "vtc_cls@0.1"))
+    go(sweeps.plan(tasks=[{"task": str(pictures), "name": "noise"}]), tmp_path)
+    full, short = (sweeps.rows(tmp_path, label, "noise")[-1] for label in ("full", "vtc_cls@0.1"))
     assert full["image_id"] == "0.png+1.png"
     assert (full["visual_in"], full["visual_kept"]) == (2 * PATCHES, 2 * PATCHES)
     assert (short["visual_in"], short["visual_kept"]) == (2 * PATCHES, 40)
@@ -298,8 +268,8 @@ def test_a_picture_that_the_processor_refuses_is_a_failed_sample(go, tmp_path, p
     text = "\n".join(map(json.dumps, rows))
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
     picky = _Picky(processor, (400, 10))
-    go(_plan(tasks=[str(folder)]), tmp_path / "out", processor=picky)
-    found = _rows(tmp_path / "out", "full", "task")
+    go(sweeps.plan(tasks=[str(folder)]), tmp_path / "out", processor=picky)
+    found = sweeps.rows(tmp_path / "out", "full", "task")
     assert [row["error"] for row in found] == [
         None,
         "the processor refuses it: aspect ratio of 40 is too large",
@@ -308,7 +278,7 @@ def test_a_picture_that_the_processor_refuses_is_a_failed_sample(go, tmp_path, p
 
 
 def test_a_setting_that_the_library_refuses_fails_alone(go, tmp_path):
-    results = go(_plan(methods=["vtc_cls", "cdpruner"]), tmp_path)
+    results = go(sweeps.plan(methods=["vtc_cls", "cdpruner"]), tmp_path)
     rows = {row["method"]: row for row in results["tasks"]["reference"]["rows"]}
     assert rows["cdpruner"]["answered"] == 0
     assert rows["cdpruner"]["failed"] == results["failed"] == 10
@@ -320,160 +290,27 @@ def test_a_setting_that_the_library_refuses_fails_alone(go, tmp_path):
 
 def test_the_model_is_left_as_it_was(go, tmp_path, model):
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    go(_plan(), tmp_path)
+    go(sweeps.plan(), tmp_path)
     for name, module in model.named_modules():
         assert module.__dict__.keys() == before[name].keys()
 
 
 def test_two_tasks_need_two_names(go, tmp_path):
     with pytest.raises(ConfigError, match="Two tasks are called 'reference'"):
-        go(_plan(tasks=["reference", "reference"]), tmp_path)
+        go(sweeps.plan(tasks=["reference", "reference"]), tmp_path)
     assert [*tmp_path.iterdir()] == []
 
 
-def _stub(said):
-    """An asker whose answers are `said(setting, prompt)`."""
-
-    class Stub:
-        def __init__(self, *_):
-            self.spent = Spent()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def batch(self, samples, settings):
-            return Batch(samples, {}, None)
-
-        def answers(self, batch, setting, new_tokens, seed):
-            with self.spent.on("model"):
-                return [Answer(said(setting, s.prompt), 9, 1, 4, 2) for s in batch.samples]
-
-    return Stub
-
-
-@pytest.fixture(scope="module")
-def yes_or_no(tmp_path_factory):
-    """Forty questions about eight pictures; the question says what is right."""
-    folder = tmp_path_factory.mktemp("pope")
-    Image.new("RGB", (2, 2)).save(folder / "x.png")
-    rows = [
-        {
-            "image": "x.png",
-            "image_id": i // 5,
-            "question": f"{i}",
-            "answer": "no" if i % 2 else "yes",
-            "metric": "yes_no",
-        }
-        for i in range(40)
-    ]
-    text = "\n".join(map(json.dumps, rows))
-    (folder / "questions.jsonl").write_text(text, encoding="utf-8")
-    return folder
-
-
-def test_comparisons(go, tmp_path, yes_or_no, monkeypatch):
-    def said(setting, prompt):
-        i = int(prompt)
-        right, wrong = ("no", "yes") if i % 2 else ("yes", "no")
-        if setting.method == "full":
-            return right if i < 30 else wrong
-        if setting.method == "divprune":
-            return right if i < 20 or i == 39 else wrong
-        return "yes"
-
-    monkeypatch.setattr(run, "Asker", _stub(said))
-    results = go(_plan(methods=["divprune"], tasks=[str(yes_or_no)]), tmp_path)
-    (task,) = results["tasks"].values()
-    full, random, method = task["rows"]
-    assert (task["metric"], task["questions"], task["images"]) == ("yes_no", 40, 8)
-    assert [row["score"]["mean"] for row in task["rows"]] == pytest.approx([0.75, 0.5, 0.525])
-    assert full["over_full"] is full["over_random"] is random["over_random"] is None
-    over = method["over_full"]
-    assert over["mean"] == pytest.approx(-9 / 40)
-    assert over["low"] < -9 / 40 < over["high"]
-    assert over["mcnemar"] == {"gained": 1, "lost": 10, "p": pytest.approx(24 / 2**11)}
-    assert over["p"] == pytest.approx(4 / 8)  # 5 + 5 - 1 and 5 + 5 + 1, and their opposites
-    ps = [random["over_full"]["p"], over["p"]]
-    assert [random["over_full"]["p_holm"], over["p_holm"]] == holm(ps)
-    assert ps[0] < 0.5
-    assert method["over_random"]["mean"] == pytest.approx(1 / 40)
-    assert random["rates"] == {
-        "precision": 0.5,
-        "recall": 1.0,
-        "f1": pytest.approx(2 / 3),
-        "yes_rate": 1.0,
-        "unclear_rate": 0.0,
-    }
-    assert method["tokens"] == {
-        "tokens_in": 9,
-        "tokens_out": 1,
-        "visual_in": 4,
-        "visual_kept": 2,
-    }
-
-
-def test_runs_of_random_methods_are_averaged_by_question(go, tmp_path, yes_or_no, monkeypatch):
-    calls = []
-
-    def said(setting, prompt):
-        calls.append(setting.label)
-        return "yes" if calls.count("random:0.1") <= 40 or setting.method == "full" else "no"
-
-    monkeypatch.setattr(run, "Asker", _stub(said))
-    plan = _plan(methods=["random"], seeds=2, batch=40, tasks=[str(yes_or_no)])
-    results = go(plan, tmp_path)
-    (task,) = results["tasks"].values()
-    random = task["rows"][1]
-    assert random["score"] == {"mean": 0.5, "low": 0.5, "high": 0.5}  # every question half
-    assert random["over_full"]["mcnemar"] is None
-    assert random["rates"]["yes_rate"] == 0.5
-    name = next((tmp_path / "samples").iterdir()).name
-    first, second = (_rows(tmp_path, f"random@0.1.run{i}", name) for i in range(2))
-    assert first[0]["seed"] != second[0]["seed"]
-
-
 def test_time_is_told_apart(go, tmp_path):
-    spent = go(_plan(), tmp_path)["time"]
+    spent = go(sweeps.plan(), tmp_path)["time"]
     parts = ("questions", "pictures", "processor", "model", "harness")
     assert all(spent[name] > 0 for name in parts)
     assert sum(spent[name] for name in parts) == pytest.approx(spent["all"])
     assert spent["harness_share"] == pytest.approx(spent["harness"] / spent["model"])
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_questions(tmp_path):
-    """Ten times the questions need no more than a few kilobytes on top."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-
-    def peak(questions):
-        file = tmp_path / f"{questions}.jsonl"
-        with file.open("w", encoding="utf-8") as lines:
-            for i in range(questions):
-                row = {"image": "x.png", "question": f"question {i}", "answer": "yes"}
-                lines.write(json.dumps(row) + "\n")
-        plan = _plan(tasks=[str(file)], batch=16, methods=[])
-        asker = _stub(lambda setting, prompt: "yes")()
-        worker = Worker(asker, plan, tmp_path / f"out{questions}", 0, Processes(), None)
-        task = open_task(plan.tasks[0])
-        tracemalloc.start()
-        try:
-            worker.ask(task)
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    peak(64)  # imports and caches
-    small, large = peak(1000), peak(10_000)
-    assert large - small < 100_000
-    answers = store.Answers.of(tmp_path / "out10000", "10000", "full", 0)
-    assert sum(answers.done()) == 10_000
-
-
 def test_a_task_is_told_apart_from_its_limit(go, tmp_path):
-    plan = _plan()
+    plan = sweeps.plan()
     go(plan, tmp_path)
     longer = replace(plan, tasks=(replace(plan.tasks[0], limit=11),))
     with pytest.raises(ConfigError, match="reference = "):
