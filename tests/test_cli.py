@@ -21,7 +21,14 @@ from vlmcompress.reference import KINDS, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    *("demo", "methods", "generate", "doctor", "bench", "bench-selection", "pareto", "report"),
+    "demo",
+    "methods",
+    "generate",
+    "doctor",
+    "bench",
+    "bench-selection",
+    "pareto",
+    "report",
 )
 GROUPS = {
     "calibrate": ("fitprune", "early_exit"),

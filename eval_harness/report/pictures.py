@@ -200,9 +200,9 @@ def data_uri(image: Image) -> str:
     from PIL import Image as Images
 
     scale = SIDE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     # Enlarged patches must keep their edges.
     how = Images.Resampling.NEAREST if scale > 1 else Images.Resampling.LANCZOS
     stream = io.BytesIO()
-    image.convert("RGB").resize(size, how).save(stream, "PNG", optimize=True)
+    image.convert("RGB").resize((width, height), how).save(stream, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
