@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText
 
 from tests import tiny
 from tests.project import ROOT
@@ -401,11 +400,13 @@ def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_low_precision_moves_the_same_way(whole: Any, tmp_path: Path) -> None:
+def test_low_precision_has_nearly_the_same_loss(whole: Any, tmp_path: Path) -> None:
     plan = dataclasses.replace(SMALL, precision="bfloat16", steps=1, dropout=0.0)
     done = train(*load(dtype=torch.bfloat16), tmp_path, plan, Scenes())
     assert {p.dtype for p in learnt(done.model).values()} == {torch.float32}
-    assert done.curve[0]["answers"] == pytest.approx(whole[1].curve[0]["answers"], rel=0.2)
+    assert done.curve[0]["answers"] == pytest.approx(
+        whole[1].curve[0]["answers"], abs=0.02
+    )  # a few units in the last place of a logit
 
 
 @pytest.mark.slow
@@ -486,6 +487,7 @@ def test_thresholds_learn_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 def test_five_steps_in_four_bits(tmp_path: Path) -> None:
     """Tower and connector stay as they are, the adapter learns."""
     pytest.importorskip("bitsandbytes")
@@ -498,6 +500,7 @@ def test_five_steps_in_four_bits(tmp_path: Path) -> None:
     assert quantised
     assert all(n.startswith("model.language_model.layers.") for n in quantised)
     trainee, _ = trainee_of(model, Objective(0.5))
+    trainee.train()
     call = labelled(same.mixed(model))
     optimizer = torch.optim.AdamW(trainee.learning().values(), lr=1e-2)
     losses = []
@@ -508,4 +511,3 @@ def test_five_steps_in_four_bits(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
-    assert AutoModelForImageTextToText  # the class that loaded it

@@ -98,7 +98,10 @@ class Trainee(nn.Module):
         training = self.model.training
         with ExitStack() as stack:
             stack.enter_context(self.model.disable_adapter())
-            self.model.eval()
+            # Linear maps have no dropout. Quantised ones outside of training repack their weights
+            # on some CPUs, and from then on no gradient goes through them.
+            for module in self.model.modules():
+                module.training = isinstance(module, nn.Linear)
             try:
                 yield
             finally:
