@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval_harness import pairs
+from eval_harness import pairs, statistics
 from eval_harness.asking import FULL
 from eval_harness.sweep.metrics import metric_of
 from eval_harness.sweep.plan import RANDOM, Setting, SweepPlan
@@ -217,9 +217,6 @@ def _task(plan: SweepPlan, found: Mapping[Setting, _Column]) -> dict[str, Any]:
 def _row(setting: Setting, column: _Column, seed: int) -> dict[str, Any]:
     there = column.answered
     kinds = sorted(set(column.kinds[there]) - {""})
-    score = None
-    if there.any():
-        score = pairs.mean_by_image(column.scores[there], column.images[there], seed=seed).to_dict()
     return {
         "method": setting.method,
         "keep": setting.keep,
@@ -227,7 +224,7 @@ def _row(setting: Setting, column: _Column, seed: int) -> dict[str, Any]:
         "answered": int(there.sum()),
         "failed": column.failed,
         "why": column.why,
-        "score": score,
+        "score": _score(column, seed) if there.any() else None,
         "by_kind": {
             str(kind): float(column.scores[there & (column.kinds == kind)].mean()) for kind in kinds
         },
@@ -235,6 +232,20 @@ def _row(setting: Setting, column: _Column, seed: int) -> dict[str, Any]:
         "tokens": column.tokens,
         "visual_layers": list(column.layers),
     }
+
+
+def _score(column: _Column, seed: int) -> dict[str, float]:
+    """The mean with its interval.
+
+    Where all or no answers are right, resampling shows no doubt; Wilson's interval does, with
+    images for questions.
+    """
+    there = column.answered
+    scores, images = column.scores[there], column.images[there]
+    if scores.min() == scores.max() and scores[0] in (0, 1):
+        n = len(set(images))
+        return statistics.proportion(int(scores[0]) * n, n).to_dict()
+    return pairs.mean_by_image(scores, images, seed=seed).to_dict()
 
 
 def _over(column: _Column, other: _Column, plan: SweepPlan, tested: bool) -> dict[str, Any] | None:

@@ -101,6 +101,17 @@ def test_comparisons(go, tmp_path, yes_or_no, monkeypatch):
     }
 
 
+def test_no_right_answer_is_not_certain(go, tmp_path, yes_or_no, monkeypatch):
+    monkeypatch.setattr(run, "Asker", _stub(lambda setting, prompt: "perhaps"))
+    results = go(sweeps.plan(methods=[], tasks=[str(yes_or_no)]), tmp_path)
+    (task,) = results["tasks"].values()
+    z = 1.959963984540054
+    score = task["rows"][0]["score"]
+    assert score["mean"] == 0
+    assert score["low"] == pytest.approx(0, abs=1e-12)
+    assert score["high"] == pytest.approx(z**2 / (8 + z**2))  # Wilson, none of eight images
+
+
 def test_runs_of_random_methods_are_averaged_by_question(go, tmp_path, yes_or_no, monkeypatch):
     calls = []
 
