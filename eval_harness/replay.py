@@ -168,10 +168,10 @@ class Recording:
         """Calls of the tower return the recorded output in the body of the `with`.
 
         Args:
-            method: what is applied; one that acts inside the tower, or a spec string, whose stages
-                may look at anything, gets the tower itself.
+            method: what is applied; one that acts inside the tower or reads the states of its
+                layers, or a spec string, whose stages may do either, gets the tower itself.
         """
-        if isinstance(method, str) or getattr(method, "stage", "") == "tower":
+        if isinstance(method, str) or _runs_tower(method):
             yield
             return
         images = self.images
@@ -227,6 +227,11 @@ def repeated(encoding: CompressedEncoding, images: Sequence[int]) -> CompressedE
             assignments=rows(encoded.assignments),
         )
     )
+
+
+def _runs_tower(method: Any) -> bool:
+    inside = getattr(method, "stage", "") == "tower"
+    return inside or (isinstance(method, Method) and bool(method.needs().states))
 
 
 @dataclass(frozen=True)
