@@ -62,7 +62,7 @@ def render(findings: Findings, samples: Mapping[str, Sequence[Sample]], title: s
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page = environment.get_template("report.html.j2")
+    page = environment.get_template("report.html.jinja")
     text: str = page.render(
         title=title,
         sections=_sections(findings, samples),
