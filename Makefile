@@ -19,14 +19,14 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results
+.PHONY: support setup docs dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,docs,eval]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## the pictures and the table of the README, offline
@@ -91,6 +91,9 @@ results: reference-results methods-results schedules-results retrieval-results p
 
 readme: demo  ## pictures and tables of README.md and docs/ from results
 	$(BIN)/python scripts/readme.py --demo demo
+
+docs: $(STAMP)  ## the documentation site, in build/site; broken links and docstrings fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(STAMP)  ## the sdist, and the wheel built from it
 	rm -rf dist

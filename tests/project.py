@@ -16,6 +16,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Extras for work on the library itself.
+FOR_DEVELOPERS = {"dev", "docs"}
 
 
 @functools.cache
@@ -32,7 +34,7 @@ def names(requirements: list[str]) -> set[str]:
 def extras() -> dict[str, set[str]]:
     """Distributions of the extras meant for users."""
     found = project()["optional-dependencies"]
-    return {extra: names(lines) for extra, lines in found.items() if extra != "dev"}
+    return {extra: names(lines) for extra, lines in found.items() if extra not in FOR_DEVELOPERS}
 
 
 def floor(distribution: str) -> Version:

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import vlmcompress
-from tests.project import ROOT, extras, project
+from tests.project import FOR_DEVELOPERS, ROOT, extras, project
 
 WEIGHTS = ROOT / "vlmcompress" / "reference" / "weights"
 PACKAGES = ("vlmcompress", "eval_harness")
@@ -166,7 +166,7 @@ def test_nothing_is_pinned_to_an_old_version(metadata):
 
 
 def test_extras_are_in(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {*extras(), "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {*extras(), *FOR_DEVELOPERS}
 
 
 def test_the_clean_environment_has_no_checkout(clean):

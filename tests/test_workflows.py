@@ -13,7 +13,7 @@ from packaging.version import Version
 from tests.project import ROOT, floor, project
 
 FOLDER = ROOT / ".github" / "workflows"
-NAMES = ("lint", "publish", "tests", "wheel")
+NAMES = ("docs", "lint", "publish", "tests", "wheel")
 PERMISSIONS = {"contents": "read"}
 
 
@@ -61,7 +61,7 @@ def test_make_targets_exist(name):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
-@pytest.mark.parametrize("name", ["lint", "tests", "wheel"])
+@pytest.mark.parametrize("name", ["docs", "lint", "tests", "wheel"])
 def test_changes_are_checked_before_they_are_taken(name):
     assert {"push", "pull_request"} <= set(_workflow(name)[True])
 

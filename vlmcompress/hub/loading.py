@@ -58,8 +58,7 @@ def load(
         UnknownMethodError: for a method that this vlmcompress does not have.
         CheckpointError: for weights that cannot be used.
         AlreadyPatchedError: for a patched model.
-        MissingExtraError: for LoRA without peft.
-        The model is as it was then.
+        MissingExtraError: for LoRA without peft. As after all of these, the model is as it was.
     """
     model = outer_model(model)
     if state_of(model) is not None:
