@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.project import ROOT
 from tests.seam.equalities import traces
 from tests.support import same
-from vlmcompress import patch
+from vlmcompress import CompressionConfig, load_adapter, patch
+from vlmcompress.cli import app
 from vlmcompress.core.errors import CheckpointError, ConfigError, VLMCompressError
+from vlmcompress.hub.folder import RESULTS
 from vlmcompress.reference import load
 from vlmcompress.training import loop
 from vlmcompress.training.data import Scenes
@@ -69,12 +72,15 @@ def learnt(model: Any) -> dict[str, torch.Tensor]:
 
 
 def labelled(call: Any) -> dict[str, torch.Tensor]:
-    """Labels on text, but for what stands right behind an image: which of its rows is left there
-    depends on what was kept, and answers never do.
+    """Labels on text that text predicts.
+
+    Which row is left right in front of what stands behind an image depends on what was kept, and
+    padding predicts nothing; answers stand in neither place.
     """
     call = same.labelled(call)
     behind = (call["input_ids"] >= tiny.configs.IMAGE).roll(1, 1)
-    return {**call, "labels": call["labels"].masked_fill(behind, IGNORED)}
+    first = ~call["attention_mask"].bool().roll(1, 1)
+    return {**call, "labels": call["labels"].masked_fill(behind | first, IGNORED)}
 
 
 def trainee_of(model: Any, objective: Objective, keep: Any = same.KEEP, **plan: Any) -> Any:
@@ -511,3 +517,37 @@ def test_five_steps_in_four_bits(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
+
+
+# The command
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "lora-tiny"
+    words = ["train", "lora", "--out", str(out), "--method", "vtc_cls", "--keep", "0.05:0.2"]
+    words += ["--steps", "2", "--batch", "2", "--rank", "2", "--log-every", "1", "--questions", "8"]
+    words += ["--save-every", "2", "--eval-keeps", "0.1", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / RESULTS).read_text())
+    assert json.loads(done.stdout) == results
+    measured = results["measured"]
+    assert measured["questions"] == 8
+    row = measured["at"]["0.1"]
+    assert row["gain"]["mean"] == pytest.approx(row["after"]["mean"] - row["before"]["mean"])
+    assert row["recovered"] == pytest.approx(row["after"]["mean"] / measured["full"]["mean"])
+    assert {path.name for path in out.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl"),
+        *("recipe.yaml", "results.json", "vlmcompress_config.json"),
+    }
+    assert "--steps 2 --batch 2" in results["command"]
+    assert not [p for p in out.glob("*.[jym]*") if str(tmp_path) in p.read_text()]
+    assert CompressionConfig.load(out).trained_keep == (0.05, 0.2)
+    with load_adapter(load()[0], out) as handle:
+        assert handle.config.to_spec() == "vtc_cls:0.1"
+        with pytest.raises(ConfigError, match=r"trained for keep from 0\.05 to 0\.2"):
+            handle.set(keep=0.5)
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 1
+    assert "finished adapter" in again.output
