@@ -26,6 +26,7 @@ from vlmcompress.cli import (
     selection,
     sweep,
     train,
+    tune,
 )
 from vlmcompress.cli.output import Group
 
@@ -44,6 +45,7 @@ app.command()(bench.bench)
 app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
 app.command()(report.report)
+app.command()(tune.tune)
 evaluation.app.command()(sweep.run)
 evaluation.app.command()(retrieval.retrieval)
 evaluation.app.command()(layerwise.schedules)
