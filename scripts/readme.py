@@ -208,8 +208,8 @@ def matrix_region(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown(['', *(f'`{family}`' for family in families)], rows)}\n\n"
-        f"✓ all cells passed; `?` some have not run yet; a number names the exemption below that "
-        f"holds for some of them; "
+        f"✓ all cells passed, (✓) some of them on earlier sources; `?` some have not run yet; a "
+        f"number names the exemption below that holds for some of them; "
         f"`-` the method does not exist there ({'; '.join(results['absent'])}). "
         f"Cells: {', '.join(counts)}. "
         f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): {versions}."
@@ -271,7 +271,7 @@ def _verdict(results: dict[str, Any], method: str, family: str) -> str:
         and (not e["method"] or method in e["method"])
         and (not e["family"] or family in e["family"])
     ]
-    verdict = "✗" if "F" in signs else "?" if "?" in signs else "✓"
+    verdict = "✗" if "F" in signs else "?" if "?" in signs else "(✓)" if "," in signs else "✓"
     return f"{verdict} <sup>{', '.join(notes)}</sup>" if notes else verdict
 
 

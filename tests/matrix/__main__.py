@@ -16,14 +16,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=results.FILE, help="the file to write")
     given = parser.parse_args()
     outcomes = results.merged(given.results, given.out)
-    content = results.table(outcomes)
+    content = results.table(outcomes, results.passed_earlier(given.out))
     given.out.write_text(results.dumps(content), encoding="utf-8")
     counts = content["counts"]
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
     for outcome in outcomes.values():
         if outcome.outcome == "failed":
             print(f"failed: {outcome.cell}: {outcome.reason}")
-    return int(bool(counts["failed"] or counts["not run"]))
+    return int(any(counts[name] for name in ("failed", "not run", "passed on earlier sources")))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import itertools
 import json
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ FOLDER = fingerprint.ROOT / "build" / "matrix"
 #: What is committed.
 FILE = fingerprint.ROOT / "docs" / "assets" / "matrix.json"
 
-PASSED, FAILED, NOT_RUN, NO_CELL = ".", "F", "?", "-"
+PASSED, EARLIER, FAILED, NOT_RUN, NO_CELL = ".", ",", "F", "?", "-"
 #: Signs for reasons of exemptions and skips.
 SIGNS = string.ascii_lowercase + string.ascii_uppercase.replace(FAILED, "")
 
@@ -85,21 +85,40 @@ def committed(file: Path = FILE) -> dict[str, Outcome]:
     return {o.cell: o for o in _outcomes(json.loads(file.read_text(encoding="utf-8")))}
 
 
+def passed_earlier(file: Path = FILE) -> frozenset[str]:
+    """Cells that passed according to the committed file, whatever sources that was of."""
+    if not file.exists():
+        return frozenset()
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return frozenset(
+        str(cell)
+        for method, families in table["results"].items()
+        for family, row in families.items()
+        for cell, sign in _signs(table, method, family, row)
+        if sign in (PASSED, EARLIER)
+    )
+
+
+def _signs(
+    table: Mapping[str, Any], method: str, family: str, row: Mapping[str, Any]
+) -> Iterable[tuple[Cell, str]]:
+    for kernel, text in zip(table["axes"]["kernel"], row["outcomes"], strict=True):
+        for dtype, signs in zip(table["axes"]["dtype"], text.split(), strict=True):
+            for equality, sign in zip(table["axes"]["equality"], signs, strict=True):
+                yield Cell(family, kernel, dtype, method, equality), sign
+
+
 def _outcomes(table: Mapping[str, Any]) -> Iterable[Outcome]:
-    equalities = list(table["axes"]["equality"])
     for method, families in table["results"].items():
         for family, row in families.items():
             if not _is_current(method, family, row["fingerprint"]):
                 continue
-            for kernel, text in zip(table["axes"]["kernel"], row["outcomes"], strict=True):
-                for dtype, signs in zip(table["axes"]["dtype"], text.split(), strict=True):
-                    for equality, sign in zip(equalities, signs, strict=True):
-                        cell = Cell(family, kernel, dtype, method, equality)
-                        if sign == PASSED:
-                            yield Outcome(str(cell), row["fingerprint"], "passed")
-                        elif sign in table["reasons"] and cell.exempt is None:
-                            reason = table["reasons"][sign]
-                            yield Outcome(str(cell), row["fingerprint"], "skipped", reason)
+            for cell, sign in _signs(table, method, family, row):
+                if sign == PASSED:
+                    yield Outcome(str(cell), row["fingerprint"], "passed")
+                elif sign in table["reasons"] and cell.exempt is None:
+                    reason = table["reasons"][sign]
+                    yield Outcome(str(cell), row["fingerprint"], "skipped", reason)
 
 
 def _is_current(method: str, family: str, known: str) -> bool:
@@ -117,18 +136,28 @@ def passed(outcomes: Mapping[str, Outcome]) -> set[str]:
     return {name for name, outcome in outcomes.items() if outcome.outcome == "passed"}
 
 
-def table(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def table(
+    outcomes: Mapping[str, Outcome], earlier: Collection[str] = frozenset()
+) -> dict[str, Any]:
     """The content of the committed file: versions, axes, exemptions and a sign per cell.
 
     `results[method][family]["outcomes"]` has one text per kernel, with one word per dtype, with one
-    sign per equality, all in the order of `axes`: `.` passed, `F` failed, `?` not run, `-` no cell
-    of the matrix, a letter for a reason in `reasons`.
+    sign per equality, all in the order of `axes`: `.` passed, `,` passed on earlier sources and has
+    not run since, `F` failed, `?` not run, `-` no cell of the matrix, a letter for a reason in
+    `reasons`.
+
+    Args:
+        outcomes: of cells on the present sources.
+        earlier: cells that passed before.
     """
     cells = every_cell()
     reasons = [cell.exempt for cell in cells]
     reasons += [o.reason for o in outcomes.values() if o.outcome == "skipped"]
     sign_of = dict(zip(dict.fromkeys(r for r in reasons if r), SIGNS, strict=False))
     signs = {cell: _sign(cell, outcomes.get(str(cell)), sign_of) for cell in cells}
+    for cell, sign in signs.items():
+        if sign == NOT_RUN and str(cell) in earlier:
+            signs[cell] = EARLIER
     return {
         "about": "Outcomes of the full matrix, made by `make test-matrix`.",
         "versions": {"vlmcompress": vlmcompress.__version__, **fingerprint.versions()},
@@ -173,12 +202,17 @@ def _sign(cell: Cell, outcome: Outcome | None, sign_of: Mapping[str, str]) -> st
 
 
 def _counts(signs: Mapping[Cell, str], sign_of: Mapping[str, str]) -> dict[str, int]:
-    names = {PASSED: "passed", FAILED: "failed", NOT_RUN: "not run"}
+    names = {
+        PASSED: "passed",
+        EARLIER: "passed on earlier sources",
+        FAILED: "failed",
+        NOT_RUN: "not run",
+    }
     kinds = Counter(
         "exempt" if cell.exempt is not None else names.get(sign, "skipped")
         for cell, sign in signs.items()
     )
-    return {name: kinds[name] for name in ("passed", "failed", "not run", "skipped", "exempt")}
+    return {name: kinds[name] for name in (*names.values(), "skipped", "exempt")}
 
 
 def _absent() -> dict[str, dict[str, list[str]]]:
