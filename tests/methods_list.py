@@ -36,6 +36,7 @@ TRAINED_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lookup", {"depth": 1}),
     ("windowed", {"stages": 1}),
     ("bus", {"depth": 1, "text_width": 6}),
+    ("quecc", {"heads": 4}),
 )
 
 TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -28,6 +28,7 @@ from torch import Tensor
 from tests import tiny
 from tests.seam import kernels, matrix, oracle
 from tests.tiny import Prompt
+from tests.tiny.configs import BOS, FIRST_TEXT_ID
 from vlmcompress import patch
 from vlmcompress.families import family_of
 from vlmcompress.methods import Method
@@ -116,7 +117,7 @@ class World:
 def patched(model: Any, method: str | Method, keep: Any, positions: str, **more: Any) -> Any:
     """A model under a method, or one of the shared list, as a context."""
     configured = matrix.configured(method) if isinstance(method, str) else method
-    if configured.needs().text:
+    if configured.needs().asks:
         more = {**asking(model), **more}
     return patch(model, configured, keep=keep, positions=positions, **more)
 
@@ -131,7 +132,19 @@ def plain_kernel(model: Any) -> Any:
 def asking(model: Any) -> dict[str, Any]:
     """A question, and what compares it with a model's patches."""
     tower = family_of(model).tower_module(model.base_model)
-    return {"clip": RandomSource(tower.config.hidden_size), "question": "which one?"}
+    return {
+        "clip": RandomSource(tower.config.hidden_size),
+        "processor": Letters(),
+        "question": "which one?",
+    }
+
+
+class Letters:
+    """A tokenizer with one id per letter, text ids all of them."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Ids of a text."""
+        return {"input_ids": [BOS, *(FIRST_TEXT_ID + ord(c) % 90 for c in text)]}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Evidence:
         norms: [b, n] length of the tower's state that the connector reads.
         outliers: [b, n] bool, tokens that a method with scores ranks after all others.
         states: {layer: [b, n, d]} outputs of tower layers without [CLS].
+        question: [b, d_llm] what the language model makes of the question: its last state.
 
     Layers are absolute indices (0 = first tower layer). Where several patches form one token,
     attention is summed over them; keys, states and lengths are averaged.
@@ -74,6 +75,7 @@ class Evidence:
     norms: Tensor | None = None
     outliers: Tensor | None = None
     states: Mapping[int, Tensor] = field(default_factory=dict)
+    question: Tensor | None = None
 
     def take_units(self, units: Tensor) -> Evidence:
         """Evidence of some units only; `units` indexes the first dimension of every tensor."""
@@ -99,6 +101,7 @@ class Evidence:
             rows(self.norms),
             rows(self.outliers),
             {i: _gather(s, index) for i, s in self.states.items()},
+            self.question,
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Evidence:
@@ -119,6 +122,7 @@ class Evidence:
             one(self.norms),
             one(self.outliers),
             rows(self.states),
+            one(self.question),
         )
 
 

@@ -91,9 +91,10 @@ def encode(
         assert tower is not None  # evidence hooks exist only then
         state.evidence.refresh(tower.layers(state.family.tower_module(base)))
     held = _held(model, call) if generating else 0
-    about = None
-    if pipeline.needs().text:
-        about = asked(model, call, state.clip, state.processor, state.question, held=held)
+    about, needs = None, pipeline.needs()
+    if needs.asks:
+        told = (state.clip, state.processor, state.question)
+        about = asked(model, call, needs, *told, held=held)
     rows = []
     if pipeline.shares_prompts:
         new = inputs.require_ids(call)[:, held:]

@@ -149,8 +149,11 @@ class Encoder:
             session.select = lambda x: self._select(x, before, session, arguments, first)
         else:
             before, after = (), self._pipeline.stages
-            if self._asked is not None:
+            if self._asked is not None and self._asked.source is not None:
                 session.select = lambda x: self._see(x, session)
+        if self._asked is not None:
+            with self._watch.span("question"):
+                self._asked.read_all()
         self._tower_began = self._watch.mark()
         with running(session):
             output = self._base.get_image_features(**arguments, return_dict=True)  # type: ignore[operator]
@@ -241,7 +244,7 @@ class Encoder:
         run = session.reduced
         if run is not None:
             x = self._in_order(x, run)
-        if self._asked is not None:
+        if self._asked is not None and self._asked.source is not None:
             self._see(x, session)
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
@@ -308,7 +311,11 @@ class Encoder:
         self, evidence: Evidence, session: Session, units: Sequence[int], lengths: Sequence[int]
     ) -> Evidence:
         """Evidence with the questions of these images, and their tokens in the same space."""
-        if self._asked is None or session.connector_input is None:
+        if self._asked is None:
+            return evidence
+        if self._asked.reader is not None:
+            evidence = dataclasses.replace(evidence, question=self._asked.vectors(units, lengths))
+        if self._asked.source is None or session.connector_input is None:
             return evidence
         states = session.connector_input[list(units)]
         text = self._asked.text(units, lengths).to(states.device)

@@ -8,7 +8,8 @@ only if it belongs to the same model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -30,6 +31,16 @@ _LEAN = ("q_proj", "v_proj", "o_proj")
 def begin(run: LayerRun | None) -> None:
     """Make `run` that of this thread's call; None for calls that nothing is done in."""
     _CURRENT.set(run)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, the language model runs as if nothing acted in it."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def onlooker(attention: nn.Module) -> Callable[..., Any] | None:

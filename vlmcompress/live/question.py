@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlmcompress.core.errors import MissingTextError, UnsupportedInputError
 from vlmcompress.live.clip import TextSource
+from vlmcompress.live.reader import QuestionReader
+from vlmcompress.methods.base import Needs
 
 #: Stands for the user's text while a chat template is taken apart; letters, so that no template and
 #: no tokenizer treats it otherwise.
@@ -23,16 +25,20 @@ class Asked:
     """The questions of one call.
 
     Attributes:
-        source: embeds questions and patches in one space.
         questions: one per row of the batch.
         placeholders: image placeholders per row.
+        source: embeds questions and patches in one space; None where no method wants that.
+        reader: lets the language model read questions; None likewise.
         known: embeddings made so far.
+        read: vectors of questions that were read.
     """
 
-    source: TextSource
     questions: tuple[str, ...]
     placeholders: tuple[int, ...]
+    source: TextSource | None = None
+    reader: QuestionReader | None = None
     known: dict[str, Tensor] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
 
     def text(self, images: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Embeddings of the questions that some images belong to.
@@ -44,13 +50,33 @@ class Asked:
         Returns:
             [images, m, e], short ones filled up with rows of zeros.
         """
-        rows = rows_of(self.placeholders, lengths)
-        wanted = [self.questions[rows[i]] for i in images]
+        assert self.source is not None  # `asked` has seen to it
+        wanted = self._of(images, lengths)
         new = [text for text in dict.fromkeys(wanted) if text not in self.known]
         if new:
             self.known.update(zip(new, self.source.texts(new), strict=True))
         parts = [self.known[text] for text in wanted]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+    def read_all(self) -> None:
+        """Let the language model read every question that an image belongs to, each once."""
+        about = [q for q, n in zip(self.questions, self.placeholders, strict=True) if n]
+        texts = list(dict.fromkeys(about))
+        if self.reader is not None and texts:
+            self.read.update(zip(texts, self.reader.vectors(texts), strict=True))
+
+    def vectors(self, images: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """[images, d] what the language model makes of the questions that some images belong to.
+
+        Args:
+            images: numbers of the images wanted.
+            lengths: tokens of every image of the call.
+        """
+        return torch.stack([self.read[text] for text in self._of(images, lengths)])
+
+    def _of(self, images: Sequence[int], lengths: Sequence[int]) -> list[str]:
+        rows = rows_of(self.placeholders, lengths)
+        return [self.questions[rows[i]] for i in images]
 
 
 def rows_of(placeholders: Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -69,6 +95,7 @@ def rows_of(placeholders: Sequence[int], lengths: Sequence[int]) -> list[int]:
 def asked(
     model: Any,
     call: Mapping[str, Any],
+    needs: Needs,
     source: TextSource | None,
     processor: Any,
     given: Any,
@@ -80,20 +107,23 @@ def asked(
     Args:
         model: the outer model.
         call: the caller's arguments; `question` stands before everything else.
+        needs: what the methods ask for, the question among it.
         source: from `patch(clip=...)`.
         processor: from `patch(processor=...)`; the question is found in the prompt by its template.
         given: from `patch(question=...)`.
         held: columns of the ids that are in the call's cache; its images fill those that follow.
 
     Raises:
-        MissingTextError: when there is no source, or neither a question nor a processor.
+        MissingTextError: when there is no source or no tokenizer, or neither a question nor a
+            processor.
         UnsupportedInputError: when the questions do not match the batch.
     """
-    if source is None:
+    if needs.text and source is None:
         raise MissingTextError(
             "The method reads the question: pass patch(..., clip=...), the CLIP model whose vision "
             "tower this is."
         )
+    reader = QuestionReader.of(model, processor) if needs.question else None
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor):
         raise MissingTextError(
@@ -107,7 +137,7 @@ def asked(
     if isinstance(questions, str):
         questions = [questions] * len(ids)
     questions = _checked(questions, placeholders)
-    return Asked(source, questions, tuple(placeholders))
+    return Asked(questions, tuple(placeholders), source if needs.text else None, reader)
 
 
 def _checked(questions: Any, placeholders: Sequence[int]) -> tuple[str, ...]:

@@ -52,6 +52,12 @@ class Needs:
     cls_features: bool = False
     norms: bool = False
     states: tuple[Layer, ...] = ()
+    question: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether the question must be known, in whatever form."""
+        return self.text or self.question
 
     @property
     def attention(self) -> bool:
@@ -87,6 +93,7 @@ class Needs:
             cls_features=any(n.cls_features for n in every),
             norms=any(n.norms for n in every),
             states=tuple(layer for n in every for layer in n.states),
+            question=any(n.question for n in every),
         )
 
 

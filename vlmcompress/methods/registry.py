@@ -45,6 +45,7 @@ BUILTIN: dict[str, str] = {
     "lookup": "vlmcompress.methods.connector.lookup:Lookup",
     "windowed": "vlmcompress.methods.connector.windowed:Windowed",
     "bus": "vlmcompress.methods.connector.bus:BUS",
+    "quecc": "vlmcompress.methods.prompt.quecc:QueCC",
     "evit": "vlmcompress.methods.tower.evit:EViT",
     "tome_tower": "vlmcompress.methods.tower.tome:ToMeTower",
     "pitome_tower": "vlmcompress.methods.tower.pitome:PiToMeTower",

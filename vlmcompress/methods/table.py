@@ -111,7 +111,7 @@ def _text_aware(method: Method) -> bool:
         return True
     if isinstance(method, LayerReducer):
         return method.reads in ("previous", "own", "next")
-    return method.needs().text
+    return method.needs().asks
 
 
 def _yes(fact: bool) -> str:
@@ -136,6 +136,7 @@ def _looks_at(method: Method) -> str:
         _layers("[CLS] attention of full width", needs.wide_cls_attention),
         _layers("states", needs.states),
         "text" if needs.text else "",
+        "question (LLM)" if needs.question else "",
         _SPACES[method.reads] if isinstance(method, TokenCompressor) else "",
         _in_blocks(method) if isinstance(method, TowerReducer) else "",
         *(_in_layers(method) if isinstance(method, LayerMethod) else ()),

@@ -2,20 +2,90 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from vlmcompress.core.errors import ConfigError, UnsupportedInputError
-from vlmcompress.methods.learned import Learned
+from vlmcompress.core.errors import ConfigError, MissingTextError, UnsupportedInputError
+from vlmcompress.core.tokens import VisualTokens
+from vlmcompress.methods.base import FeatureSpace, Needs
+from vlmcompress.methods.celled import CellCompressor
+from vlmcompress.methods.learned import Learned, fresh, required
 from vlmcompress.methods.ops.windows import Size, windows
+from vlmcompress.methods.options import Layer, check_count, check_layers
+from vlmcompress.methods.trained import ConnectorShape, cell_grid
 
 #: Layers of the tower whose states are keys and values: `hidden_states[12, 16, 22, 23]` of 24.
 LEVELS: tuple[float, ...] = (11 / 24, 15 / 24, 21 / 24, 22 / 24)
 
 Kernel: TypeAlias = tuple[int, int]
+#: Where a tower takes images of any size: published for 36 of 24 x 24 patches.
+_KERNEL: Kernel = (4, 4)
+
+
+@dataclass(frozen=True)
+class QueCC(CellCompressor):
+    """Query-based compression: each cell of the image is asked what matters for the question.
+
+    The question runs through the language model by itself, and the last state of its last token is
+    added to every patch that queries are made of; `QueryCondenser` says the rest. The model's own
+    connector follows. Compressed images are those of one question: another one needs them anew.
+
+    Where the connector cannot be parted from the tower, queries are made of the rows that leave it,
+    and its place is behind it. It needs training: untrained, rows are drawn by `seed`. The
+    arithmetic was checked against the released code, and the names in its files against the list
+    `layouts/quecc.json`. Gradients do not reach the language model by way of the question.
+
+    Attributes:
+        layers: of the tower, whose states keys and values are made of.
+        heads: of the attention.
+    """
+
+    name: ClassVar[str] = "quecc"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.03312"
+    reads: ClassVar[FeatureSpace] = "tower"
+    layers: tuple[Layer, ...] = LEVELS
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_layers(self.name, self.layers)
+        check_count(self.name, "heads", self.heads)
+
+    def needs(self) -> Needs:
+        """States of the layers, and the question as the language model reads it."""
+        return Needs(states=self.layers, question=True)
+
+    def parts(self, shape: ConnectorShape) -> QueryCondenser:
+        """For the rows of this model, and the count of the images that its tower was made for."""
+        kernel = _KERNEL
+        if shape.grid is not None and shape.tokens is not None:
+            kernel = kernel_for(shape.grid, cell_grid(shape.grid, shape.tokens))
+        return fresh(
+            lambda: QueryCondenser(
+                shape.width, shape.levels, shape.out, kernel, self.heads, shape.state_width
+            ),
+            self.seed,
+            self.weights,
+        )
+
+    def pack(self, tokens: VisualTokens, size: Size, cells: Size) -> Tensor:
+        """One row per cell.
+
+        Raises:
+            MissingTextError: without a question.
+        """
+        asked = tokens.evidence.question
+        if asked is None:
+            raise MissingTextError("quecc sums cells up for a question, and none was given.")
+        condenser = required(tokens.parts, QueryCondenser, "connector")
+        levels = torch.cat([*tokens.evidence.states.values()], -1)
+        made: Tensor = condenser(tokens.features, levels, asked.to(levels.device), size, cells)
+        return made
 
 
 def kernel_for(grid: Size, cells: Size) -> Kernel:
@@ -36,30 +106,39 @@ class QueryCondenser(Learned):
     The released code knows square grids that divide only, and gives the same numbers there.
 
     Args:
-        width: of the tower's states.
+        width: of the rows that the connector reads: the tower's states, as a rule.
         levels: layers whose states are read.
         text: width of the question's vector.
         kernel: of the convolution, for the grid that the tower was made for.
         heads: of the attention.
+        state_width: of those states, where the rows are others.
 
     Raises:
         ConfigError: when heads do not divide the width.
     """
 
-    def __init__(self, width: int, levels: int, text: int, kernel: Kernel, heads: int = 8) -> None:
+    def __init__(
+        self,
+        width: int,
+        levels: int,
+        text: int,
+        kernel: Kernel,
+        heads: int = 8,
+        state_width: int | None = None,
+    ) -> None:
         if width % heads:
             raise ConfigError(
                 f"quecc has {heads} heads, and the tower's width is {width}; give a number that "
                 "divides it."
             )
+        deep = levels * (state_width or width)
         super().__init__(
-            method="quecc", width=width, levels=levels, text=text, kernel=kernel, heads=heads
+            method="quecc", width=width, deep=deep, text=text, kernel=kernel, heads=heads
         )
         self.kernel = kernel
         self.clip_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.q_proj = _perceptron(width, width)
-        self.k_proj = _perceptron(levels * width, width)
-        self.v_proj = _perceptron(levels * width, width)
+        self.k_proj, self.v_proj = _perceptron(deep, width), _perceptron(deep, width)
         self.q_downsample = nn.Conv2d(width, width, kernel, stride=kernel, groups=width)
         self.text_projection = nn.Sequential(nn.Linear(text, width), nn.LayerNorm(width, eps=1e-6))
 
@@ -68,7 +147,7 @@ class QueryCondenser(Learned):
 
         Args:
             x: [b, n, width] states that the connector reads.
-            levels: [b, n, levels * width] states of the layers of `LEVELS`, side by side.
+            levels: [b, n, levels * state_width] states of the layers of `LEVELS`, side by side.
             text: [b, text] the vector of each image's question.
             size: (height, width) of the image in patches; n of them.
             cells: (rows, columns) that are left, at most `size`.
@@ -112,7 +191,7 @@ class QueryCondenser(Learned):
         b, n, width = x.shape
         wanted = {
             "features": ((b, n, self.config["width"]), (b, size[0] * size[1], width)),
-            "states": ((b, n, self.config["levels"] * width), tuple(levels.shape)),
+            "states": ((b, n, self.config["deep"]), tuple(levels.shape)),
             "question": ((b, self.config["text"]), tuple(text.shape)),
         }
         for what, (want, found) in wanted.items():
