@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from eval_harness.controls import CoveragePruner
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
-from vlmcompress.live.encode import PIXEL_ARGUMENTS, CompressedEncoding
+from vlmcompress.live.encode import PIXEL_ARGUMENTS
+from vlmcompress.live.encoded import CompressedEncoding
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.base import Layer, Method, Needs, TokenCompressor, resolve_layer
 

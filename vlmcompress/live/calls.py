@@ -18,7 +18,8 @@ from vlmcompress.core.placement import Placement
 from vlmcompress.core.report import CallRecord
 from vlmcompress.live import conversation, inputs, positions
 from vlmcompress.live.conversation import CacheRecord
-from vlmcompress.live.encode import CompressedEncoding, Encoded, Encoder, fresh_output, has_pixels
+from vlmcompress.live.encode import Encoder, has_pixels
+from vlmcompress.live.encoded import CompressedEncoding, Encoded, fresh_output
 from vlmcompress.live.question import asked
 from vlmcompress.live.state import State
 from vlmcompress.live.timing import Stopwatch
@@ -36,6 +37,7 @@ class ShortCall:
         record: what the handle remembers.
         watch: the stage clock.
         layers: what acts inside the language model.
+        encoded: the images; None where nothing is done to them at its entrance.
     """
 
     arguments: dict[str, Any]
@@ -44,6 +46,7 @@ class ShortCall:
     record: CallRecord
     watch: Stopwatch
     layers: tuple[LayerStage, ...] = ()
+    encoded: Encoded | None = None
 
 
 def carries_images(call: Mapping[str, Any]) -> bool:
@@ -84,7 +87,7 @@ def encode(
         if has_pixels(call):
             raise UnsupportedInputError("Give either pixels or mm_encoder_outputs, not both.")
         output = fresh_output(given.encoded.output)
-        return dataclasses.replace(given.encoded, output=output)
+        return dataclasses.replace(given.encoded, output=output, read=())
     base = model.base_model
     if state.evidence is not None:
         tower = state.family.tower(base)
@@ -187,7 +190,8 @@ class _Preparation:
         record: CallRecord,
     ) -> ShortCall:
         decoder = self.pipeline.decoder
-        return ShortCall(arguments, placement, cache, record, self.watch, decoder)
+        encoded = self.encoded if self.encoded.heard or self.encoded.whole else None
+        return ShortCall(arguments, placement, cache, record, self.watch, decoder, encoded)
 
     def _set_rope_deltas(self, following: Tensor | None, placement: Placement) -> None:
         """Let M-RoPE models that count on from the cache length arrive at the right position."""
@@ -218,7 +222,15 @@ class _Preparation:
             tower_patches=encoded.tower_patches,
             tower_keys=encoded.tower_keys,
             tower_run=encoded.tower_run,
-            prefill_flops=prefill_flops(text, short, batch),
+            prefill_flops=_with_reading(prefill_flops(text, short, batch), text, encoded),
             prefill_flops_before=prefill_flops(text, length, batch),
             clock=self.watch.seconds,
         )
+
+
+def _with_reading(flops: int | None, text: Any, encoded: Encoded) -> int | None:
+    """FLOPs of a prefill and of reading images beforehand."""
+    for n, kept in zip(encoded.read, encoded.kept, strict=False):
+        reading = prefill_flops(text, n + len(kept), logits=0)
+        flops = None if flops is None or reading is None else flops + reading
+    return flops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from vlmcompress.core.errors import UnsupportedModelError
 from vlmcompress.core.keep import AutoKeep
 from vlmcompress.core.tokens import Segment
 from vlmcompress.families import Family
+from vlmcompress.live.layercopies import first_layers
 from vlmcompress.live.layerparts import known
 from vlmcompress.methods.base import Method
 from vlmcompress.methods.learned import Learned
@@ -78,6 +80,7 @@ def _shape(family: Family, base: nn.Module, stage: Stage, ahead: bool) -> Connec
         grid,
         _tokens(stage, grid),
         state_width,
+        partial(first_layers, base),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmcompress.core.errors import CacheMismatchError, PlaceholderMismatchError
 from vlmcompress.core.placement import Placement, place
 from vlmcompress.live import inputs, positions
-from vlmcompress.live.encode import Encoded
+from vlmcompress.live.encoded import Encoded
 
 #: The attribute of a cache that was filled from a shortened prompt.
 ATTRIBUTE = "_vlmcompress"

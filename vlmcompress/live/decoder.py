@@ -76,7 +76,7 @@ def enter(
     new = ids if ids is not None else arguments["inputs_embeds"][..., 0]
     _check(decoder, arguments, past, new)
     if prompt is not None:
-        prompt -= _held(arguments.get("past_key_values"))
+        prompt -= held_columns(arguments.get("past_key_values"))
     rows = _rows(model, arguments, new, mask, record if stages else None, prompt)
     beside = [s for s in stages if not isinstance(s.method, LayerReducer)]
     log: list[int] = []
@@ -114,13 +114,13 @@ def flat_mask(call: Mapping[str, Any], given: Tensor | None) -> Any:
     mask = call.get("attention_mask")
     if mask is None or given is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
-    ids, held = call["input_ids"], _held(call.get("past_key_values"))
+    ids, held = call["input_ids"], held_columns(call.get("past_key_values"))
     given = given.repeat_interleave(len(ids) // len(given), 0)[:, : held + ids.shape[1]]
     written = held + ids.shape[1] - given.shape[1]
     return torch.nn.functional.pad(given, (0, written), value=1)
 
 
-def _held(cache: Any) -> int:
+def held_columns(cache: Any) -> int:
     """Columns of the conversation in a cache."""
     held, past = 0 if cache is None else int(cache.get_seq_length()), layers_of(cache)
     return held if past is None else past.columns(held)
@@ -200,7 +200,7 @@ def _check(
         CacheMismatchError: for a cache of another batch, or one that soft masks were on.
         UnsupportedInputError: when a sliding window would count kept tokens.
     """
-    held = _held(arguments.get("past_key_values"))
+    held = held_columns(arguments.get("past_key_values"))
     if past is not None and len(past.layers[0].seen) != len(new):
         raise CacheMismatchError(
             f"The cache was filled by {len(past.layers[0].seen)} rows, the call has {len(new)}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,14 @@ from vlmcompress.core.errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
+from vlmcompress.core.tokens import Evidence, VisualTokens
 from vlmcompress.families import Family
 from vlmcompress.families.base import Layout
+from vlmcompress.live import positions
 from vlmcompress.live.captured import Captured
+from vlmcompress.live.encoded import Encoded, by_owner, collected
 from vlmcompress.live.question import Asked, rows_of
+from vlmcompress.live.reading import ImageReader, by_image
 from vlmcompress.live.session import Session, running
 from vlmcompress.live.sparserun import run_of
 from vlmcompress.live.timing import Stopwatch
@@ -33,49 +35,6 @@ PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_images")
 VIDEO_ARGUMENTS = ("pixel_values_videos",)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Compressed images of one call.
-
-    Attributes:
-        output: what `get_image_features` returned, `pooler_output` shortened.
-        lengths: uncompressed tokens per image.
-        kept: per image the kept rows, ascending int64.
-        segments: the rectangles of tokens of each image.
-        assignments: per image [n] row each uncompressed token went to, -1 where dropped; None if
-            untouched.
-        evidence_layers: tower layers that were read.
-        skipped_layers: tower layers that were not run.
-        tower_patches: patches left after each tower layer, where a stage inside it acted.
-        tower_keys: keys that a query looked at in each tower layer, where some were left out.
-        tower_run: tower layers that were run, where patches may leave early.
-    """
-
-    output: Any
-    lengths: tuple[int, ...]
-    kept: tuple[Tensor, ...]
-    segments: tuple[tuple[Segment, ...], ...]
-    assignments: tuple[Tensor | None, ...]
-    evidence_layers: tuple[int, ...]
-    skipped_layers: int
-    tower_patches: tuple[int, ...] = ()
-    tower_keys: tuple[int, ...] = ()
-    tower_run: int | None = None
-
-    @property
-    def compressed(self) -> bool:
-        """Whether any token was dropped."""
-        return any(len(rows) < n for rows, n in zip(self.kept, self.lengths, strict=True))
-
-
-class CompressedEncoding(dict):  # type: ignore[type-arg]
-    """`mm_encoder_outputs` made by `Handle.encode`: compressed already, used with full prompts."""
-
-    def __init__(self, encoded: Encoded) -> None:
-        super().__init__(image=encoded.output)
-        self.encoded = encoded
-
-
 def has_pixels(call: Mapping[str, Any]) -> bool:
     """Whether a call carries images."""
     return any(call.get(name) is not None for name in PIXEL_ARGUMENTS)
@@ -85,11 +44,6 @@ def encoder_arguments(base: nn.Module, call: Mapping[str, Any]) -> dict[str, Any
     """What `get_image_features` reads of a call, chosen by its signature as `generate` does."""
     names = inspect.signature(base.get_image_features).parameters  # type: ignore[arg-type]
     return {name: call[name] for name in names if name != "kwargs" and call.get(name) is not None}
-
-
-def fresh_output(output: Any) -> Any:
-    """A shallow copy whose `pooler_output` may change: `generate` expands it in place for beams."""
-    return type(output)(**dict(output.items()))
 
 
 class Encoder:
@@ -118,6 +72,7 @@ class Encoder:
         self._asked, self._placeholders = asked, placeholders
         self._tower_began: Any = None
         self._connector_began: Any = None
+        self._beside: list[Group] = []
         self._tower = family.tower(base)
         self._layers = (
             None if self._tower is None else self._tower.layers(family.tower_module(base))
@@ -168,15 +123,16 @@ class Encoder:
             self._watch.add("connector", self._connector_began, self._watch.mark())
         with self._watch.span("selection"):
             groups = self._after_connector(output.pooler_output, first, session, arguments)
-            groups = run_stages(after, groups, self.depth, self._prompts(groups))
+            given, groups = self._run(after, groups)
         skipped = (
             0
             if session.skip_after is None or self.depth is None
             else self.depth - 1 - session.skip_after
         )
-        encoded = _collect(output, groups, wanted, skipped)
+        encoded = collected(output, groups, wanted, skipped)
         if run is not None:
             encoded = dataclasses.replace(encoded, tower_keys=run.keys, tower_run=run.ran)
+        encoded = self._with_whole(encoded, self._beside or given, groups, arguments)
         if session.acted is None:
             return encoded
         return dataclasses.replace(encoded, tower_patches=session.acted.plan)
@@ -248,13 +204,15 @@ class Encoder:
             self._see(x, session)
         with self._watch.span("selection"):
             groups = self._group(list(x), session, arguments)
-            out += run_stages(stages, groups, self.depth, self._prompts(groups))
-            if run is None and _untouched(groups, out):
+            given, made = self._run(stages, groups)
+            out += made
+            self._beside = given
+            if run is None and _untouched(groups, [*out, *given]):
                 # Its strides choose the connector's kernel, and so the last bit in half precision.
                 self._connector_began = self._watch.mark()
                 return x
-            rows = [group.features[i] for group, i in _by_owner(out)] if len(out) > 1 else []
-            features = torch.cat(rows)[None] if rows else out[0].features
+            rows = [group.features[i] for group, i in (*by_owner(out), *by_owner(given))]
+            features = out[0].features if len(out) == 1 and not given else torch.cat(rows)[None]
         self._connector_began = self._watch.mark()
         if self._pipeline.replaces_connector:
             session.replaced = features
@@ -301,11 +259,44 @@ class Encoder:
             groups.append(dataclasses.replace(group, evidence=evidence))
         return groups
 
-    def _prompts(self, groups: Sequence[Group]) -> list[int]:
-        """The row of the batch that each image belongs to, where a budget is that of a prompt."""
+    def _place(self, groups: Sequence[Group]) -> tuple[int | None, list[int]]:
+        """Layers of the tower, and the row of the batch that each image belongs to.
+
+        The latter where a budget is that of a prompt.
+        """
         if not self._placeholders:
-            return []
-        return rows_of(self._placeholders, [group.n_full for group, _ in _by_owner(groups)])
+            return self.depth, []
+        lengths = [group.n_full for group, _ in by_owner(groups)]
+        return self.depth, rows_of(self._placeholders, lengths)
+
+    def _run(self, stages: Sequence[Stage], groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """Images after some stages, and what the last of them was given if it asks for it later."""
+        prompt = self._pipeline.prompt
+        asks = prompt is not None and (prompt.reads_images or prompt.fuses)
+        if not asks or not stages:
+            return [], run_stages(stages, groups, *self._place(groups))
+        given = run_stages(stages[:-1], groups, *self._place(groups))
+        return given, run_stages(stages[-1:], given, *self._place(given))
+
+    def _with_whole(
+        self,
+        encoded: Encoded,
+        given: Sequence[Group],
+        made: Sequence[Group],
+        arguments: Mapping[str, Any],
+    ) -> Encoded:
+        """With all rows of the images, or with what the language model has made of them."""
+        method = self._pipeline.prompt
+        if method is None or not given:
+            return encoded
+        whole, _ = by_image(given)
+        if not method.reads_images:
+            return dataclasses.replace(encoded, whole=tuple(whole.values()))
+        mode = positions.resolve(self._pipeline.config.positions, self._family)
+        with self._watch.span("reading"):
+            heard = ImageReader(self._family, self._base, arguments, mode).all(given, made)
+        read = tuple(len(rows) for rows in whole.values())
+        return dataclasses.replace(encoded, heard=heard, read=read)
 
     def _with_text(
         self, evidence: Evidence, session: Session, units: Sequence[int], lengths: Sequence[int]
@@ -329,43 +320,22 @@ class Encoder:
         if not first:
             return self._group(list(pooled), session, arguments)
         flat = torch.cat([unit.flatten(0, -2) for unit in pooled])
-        rows = flat.split([group.n for group, _ in _by_owner(first)])
-        projected = {
-            int(g.owner[i]): row for (g, i), row in zip(_by_owner(first), rows, strict=True)
-        }
-        return [
-            dataclasses.replace(g, features=torch.stack([projected[o] for o in g.owner.tolist()]))
-            for g in first
-        ]
+        lengths = [[group.n for group, _ in by_owner(groups)] for groups in (first, self._beside)]
+        rows = flat.split([n for part in lengths for n in part])
+        self._beside = _with_rows(self._beside, rows[len(lengths[0]) :])
+        return _with_rows(first, rows[: len(lengths[0])])
+
+
+def _with_rows(groups: Sequence[Group], rows: Sequence[Tensor]) -> list[Group]:
+    """Groups whose images, in their order, have got other rows ([n, d] each)."""
+    owners = (int(group.owner[i]) for group, i in by_owner(groups))
+    new = dict(zip(owners, rows, strict=True))
+    return [
+        dataclasses.replace(g, features=torch.stack([new[o] for o in g.owner.tolist()]))
+        for g in groups
+    ]
 
 
 def _untouched(before: Sequence[Group], after: Sequence[Group]) -> bool:
     """Whether every stage was bypassed."""
     return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
-
-
-def _by_owner(groups: Sequence[Group]) -> list[tuple[Group, int]]:
-    """(group, row) of every image, in the order of the images."""
-    places = [(group, i) for group in groups for i in range(len(group.owner))]
-    return sorted(places, key=lambda place: int(place[0].owner[place[1]]))
-
-
-def _collect(
-    output: Any, groups: Sequence[Group], layers: tuple[int, ...], skipped: int
-) -> Encoded:
-    places = _by_owner(groups)
-    features = [group.features[i] for group, i in places]
-    if isinstance(output.pooler_output, torch.Tensor):
-        equal = len({len(rows) for rows in features}) == 1
-        output.pooler_output = torch.stack(features) if equal else torch.cat(features)
-    else:
-        output.pooler_output = features
-    return Encoded(
-        output=output,
-        lengths=tuple(group.n_full for group, _ in places),
-        kept=tuple(group.index[i].sort().values for group, i in places),
-        segments=tuple(group.segments for group, _ in places),
-        assignments=tuple(None if g.assignment is None else g.assignment[i] for g, i in places),
-        evidence_layers=layers,
-        skipped_layers=skipped,
-    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmcompress.core.costs import cache_bytes
 from vlmcompress.core.errors import UnsupportedModelError
 from vlmcompress.core.placement import Placement
-from vlmcompress.live import calls, conversation, decoder
+from vlmcompress.live import calls, conversation, decoder, prompting
 from vlmcompress.live.inputs import by_name
 from vlmcompress.live.state import State, state_of
 
@@ -58,6 +58,7 @@ def _before_forward(
         )
     local = state.local
     local.pending = None
+    prompting.leave()
     if local.generating:
         changed = _inside_generate(module, args, kwargs)
         given, named = (args, kwargs) if changed is None else changed
@@ -105,6 +106,7 @@ def _enter_generated(module: nn.Module, state: State, call: dict[str, Any]) -> N
             None if call.get("past_key_values") is None else short.arguments["input_ids"].shape[1]
         )
         decoder.enter(module, state, call, short.record, short.layers, prompt)
+        prompting.enter(module, state, call, short)
 
 
 def _shorten(module: nn.Module, state: State, call: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def _shorten(module: nn.Module, state: State, call: dict[str, Any]) -> dict[str,
     state.local.last = short.record
     state.local.pending = Restore(short, columns, rows, short.watch.mark())
     decoder.enter(module, state, arguments, short.record, short.layers)
+    prompting.enter(module, state, arguments, short)
     return arguments
 
 

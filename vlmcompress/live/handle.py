@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompressError
 from vlmcompress.core.report import CallRecord, Report
-from vlmcompress.live import calls, decoder, positions
-from vlmcompress.live.encode import CompressedEncoding, has_pixels
+from vlmcompress.live import calls, decoder, encodingfile, positions
+from vlmcompress.live.encode import has_pixels
+from vlmcompress.live.encoded import CompressedEncoding
 from vlmcompress.live.inside import with_parts
 from vlmcompress.live.install import check_evidence, follow_stages, uninstall
 from vlmcompress.live.state import Settings, State, state_of
@@ -202,7 +204,7 @@ class Handle:
 
         Returns:
             What to pass as `mm_encoder_outputs=` instead of the pixels, with full `input_ids`; it
-            is not compressed a second time.
+            is not compressed a second time. `save(path)` writes it to a file.
 
         Raises:
             UnsupportedInputError: when the call has no image.
@@ -216,7 +218,21 @@ class Handle:
         pipeline_now = state.settings.pipeline
         if not state.active:
             pipeline_now = pipeline_now.switched_off()
-        return CompressedEncoding(calls.encode(self._model, state, pipeline_now, call, watch))
+        encoded = calls.encode(self._model, state, pipeline_now, call, watch)
+        return CompressedEncoding(encoded, encodingfile.identity(self._model))
+
+    def load_encoding(self, path: str | Path) -> CompressedEncoding:
+        """Images that were encoded before, from what `encode(...).save(path)` wrote.
+
+        Returns:
+            What to pass as `mm_encoder_outputs=`, as `encode` does.
+
+        Raises:
+            CheckpointError: for a file that cannot be used.
+            CacheMismatchError: for images that another model has encoded.
+        """
+        wanted, device = encodingfile.identity(self._model), next(self._model.parameters()).device
+        return CompressedEncoding(encodingfile.load(path, wanted, device), wanted)
 
     def remove(self) -> None:
         """Take everything off; the model is as it came in. A second call does nothing."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.placement import Placement, edge_padding, place
-from vlmcompress.live.encode import PIXEL_ARGUMENTS, Encoded, encoder_arguments
+from vlmcompress.live.encode import PIXEL_ARGUMENTS, encoder_arguments
+from vlmcompress.live.encoded import Encoded
 
 #: Arguments that run along `input_ids`, with what padding gets.
 ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}

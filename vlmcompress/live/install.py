@@ -19,6 +19,7 @@ from vlmcompress.families.decoders import decoder_of
 from vlmcompress.live import positions
 from vlmcompress.live.clip import TextSource
 from vlmcompress.live.compiled import Untraced, forget_compiled, unwrapped
+from vlmcompress.live.entrance import EntranceHooks
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.forward import after_forward, before_forward
 from vlmcompress.live.inside import check_tower
@@ -175,6 +176,9 @@ def follow_stages(model: Any, state: State, built: Pipeline) -> None:
     if built.decoder and state.layers is None:
         state.layers = LayerHooks(model, decoder_of(model))
         forget_compiled(model)
+    if built.prompt is not None and state.entrance is None:
+        state.entrance = EntranceHooks(model, decoder_of(model))
+        forget_compiled(model)
 
 
 def _follow_tower(model: Any, state: State, built: Pipeline) -> None:
@@ -198,6 +202,8 @@ def uninstall(model: Any, state: State) -> None:
         state.reduction.remove()
     if state.layers is not None:
         state.layers.remove()
+    if state.entrance is not None:
+        state.entrance.remove()
     for handle in state.handles:
         handle.remove()
     _put_generate_back(model, state)

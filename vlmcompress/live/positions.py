@@ -72,9 +72,14 @@ def _full(model: nn.Module, family: Family, call: Mapping[str, Any], *, generati
 
 def rotary(model: Any, call: Mapping[str, Any]) -> Tensor | None:
     """[3, B, L] the M-RoPE positions of a plain forward, None where the call has no images."""
+    return of_prompt(model.base_model, call)
+
+
+def of_prompt(base: Any, call: Mapping[str, Any]) -> Tensor | None:
+    """The same of the model without its head."""
     ids: Tensor = call["input_ids"]
     names = ("image_grid_thw", "video_grid_thw", "attention_mask", "mm_token_type_ids")
-    found: Tensor | None = model.base_model.compute_3d_position_ids(
+    found: Tensor | None = base.compute_3d_position_ids(
         input_ids=ids,
         # Only its shape is read.
         inputs_embeds=ids.new_empty((*ids.shape, 0), dtype=torch.float32),

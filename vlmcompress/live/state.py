@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmcompress.families import Family
 from vlmcompress.live.clip import TextSource
+from vlmcompress.live.entrance import EntranceHooks
 from vlmcompress.live.evidence import EvidenceHooks
 from vlmcompress.live.reduction import ReductionHooks
 from vlmcompress.methods.pipeline import Pipeline
@@ -88,6 +89,8 @@ class State:
         evidence: hooks on the tower, where its attention can be read.
         reduction: hooks on the tower's blocks, where a stage inside it was ever asked for.
         layers: hooks on the language model's layers, where a stage inside it was ever asked for.
+        entrance: hooks where rows enter the language model, where a method was ever asked for that
+            works there.
         calls: how many forwards and generates came with and without images.
         generate: a `generate` that others had set on the instance before; None where there was
             none.
@@ -104,6 +107,7 @@ class State:
     evidence: EvidenceHooks | None = None
     reduction: ReductionHooks | None = None
     layers: LayerHooks | None = None
+    entrance: EntranceHooks | None = None
     calls: Counter[str] = field(default_factory=Counter)
     generate: Callable[..., Any] | None = None
     clip: TextSource | None = None

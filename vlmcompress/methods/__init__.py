@@ -3,11 +3,11 @@
 from vlmcompress.methods.base import (
     Method,
     Needs,
-    PromptCompressor,
     TokenCompressor,
     TokenPruner,
 )
 from vlmcompress.methods.decoder.base import LayerReducer
+from vlmcompress.methods.prompt.base import PromptCompressor
 from vlmcompress.methods.registry import create, get, names
 from vlmcompress.methods.tower.base import TowerReducer
 from vlmcompress.methods.trained import LearnedCompressor

@@ -280,33 +280,6 @@ class AdaptiveCompressor(TokenCompressor):
         """Reduce units for which `counts` is equal."""
 
 
-@dataclass(frozen=True)
-class PromptState:
-    """The embedded prompt at prefill.
-
-    Attributes:
-        embeddings: [B, L, d].
-        visual: [B, L] bool.
-        text: [B, L] bool, rows of the question.
-        positions: [B, L] position ids.
-    """
-
-    embeddings: Tensor
-    visual: Tensor
-    text: Tensor
-    positions: Tensor
-
-
-class PromptCompressor(Method):
-    """Rewrites the embedded prompt at prefill (LLaVA-Mini, QueCC, VoCo)."""
-
-    stage: ClassVar[Stage] = "prompt"
-
-    @abstractmethod
-    def fuse(self, prompt: PromptState) -> PromptState:
-        """The prompt the LLM sees."""
-
-
 def head_mean_sum(rows: Iterable[Tensor]) -> Tensor:
     """Sum over layers of the mean over heads: [b, n] float32 from rows of [b, heads, n].
 
@@ -338,8 +311,6 @@ __all__ = [
     "Layer",
     "Method",
     "Needs",
-    "PromptCompressor",
-    "PromptState",
     "TokenCompressor",
     "TokenPruner",
     "check_count",

@@ -46,6 +46,8 @@ BUILTIN: dict[str, str] = {
     "windowed": "vlmcompress.methods.connector.windowed:Windowed",
     "bus": "vlmcompress.methods.connector.bus:BUS",
     "quecc": "vlmcompress.methods.prompt.quecc:QueCC",
+    "llava_mini": "vlmcompress.methods.prompt.llava_mini:LLaVAMini",
+    "voco_llama": "vlmcompress.methods.prompt.voco_llama:VoCoLLaMA",
     "evit": "vlmcompress.methods.tower.evit:EViT",
     "tome_tower": "vlmcompress.methods.tower.tome:ToMeTower",
     "pitome_tower": "vlmcompress.methods.tower.pitome:PiToMeTower",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import nn
 
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Segment
@@ -33,6 +35,8 @@ class ConnectorShape:
             None where it does not tell.
         tokens: left of such an image; None where the shape of images decides.
         state_width: of those states; None where none come in.
+        first_layers: makes copies of that many of the LLM's first layers, float32, which run under
+            masks of [B, 1, L, L]; None where nobody asks for them.
     """
 
     width: int
@@ -41,6 +45,7 @@ class ConnectorShape:
     grid: tuple[int, int] | None
     tokens: int | None
     state_width: int | None = None
+    first_layers: Callable[[int], list[nn.Module]] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,11 @@ def head_count(width: int, head_width: int) -> int:
     return next(heads for heads in range(most, 0, -1) if width % heads == 0)
 
 
+def heads_within(width: int, most: int) -> int:
+    """The largest number of heads up to `most` that divides a width."""
+    return next(heads for heads in range(min(most, width), 0, -1) if width % heads == 0)
+
+
 def sine_places(size: tuple[int, int], table: tuple[int, int], width: int) -> Tensor:
     """Two-dimensional sine positions of a map, in the coordinates of a table: [h * w, width].
 

@@ -4,19 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from vlmcompress.core.errors import ConfigError, UnsupportedInputError
-from vlmcompress.methods.learned import Learned
+from vlmcompress.core.errors import ConfigError, UnsupportedInputError, UnsupportedModelError
+from vlmcompress.core.tokens import VisualTokens
+from vlmcompress.methods.base import FeatureSpace
+from vlmcompress.methods.celled import whole_map
+from vlmcompress.methods.learned import Learned, fresh, required
+from vlmcompress.methods.ops.grid import squarest
+from vlmcompress.methods.ops.queries import heads_within, stand_for
+from vlmcompress.methods.options import check_count
+from vlmcompress.methods.prompt.base import PromptCompressor
+from vlmcompress.methods.trained import ConnectorShape
 
 Size: TypeAlias = tuple[int, int]
 Layers: TypeAlias = Callable[[], Iterable[nn.Module]]
 #: Runs one layer: (layer, rows [B, L, d], allowed [B, 1, L, L] bool, positions [B, L]) to rows.
 Run: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LLaVAMini(PromptCompressor):
+    """A few queries sum an image up, after its text has seen all of it.
+
+    The queries attend to the rows that the connector reads, and the model's own connector follows
+    (`Resampler`). Before the prompt enters the LLM, copies of the LLM's first layers run over all
+    rows of its images, their compressed rows and its text, in this order; compressed rows and text
+    go on as these leave them (modality pre-fusion, `Fusion`). Answers, which are the rows with a
+    label and what is generated, go in as they are and are not seen. Where no connector can be
+    parted from the tower, queries attend to the rows that leave it.
+
+    Text of earlier turns is in the cache and not seen again: a later turn is fused with its own
+    images, and as plain text where it has none. It needs training: untrained, queries are drawn by
+    `seed`. The compressor was checked against the released code, the names in its files against the
+    list `layouts/llava_mini.json`.
+
+    Attributes:
+        fusion: layers of pre-fusion; 0 for compression alone.
+        heads: of the compressor's attention, at most; fewer where the width needs it.
+    """
+
+    name: ClassVar[str] = "llava_mini"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2501.03895"
+    reads: ClassVar[FeatureSpace] = "tower"
+    fusion: int = 4
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_count(self.name, "fusion", self.fusion, 0)
+        check_count(self.name, "heads", self.heads)
+
+    @property
+    def fuses(self) -> bool:
+        """Unless there is no layer to do it."""
+        return self.fusion > 0
+
+    def parts(self, shape: ConnectorShape) -> Fusion:
+        """Queries in the squarest grid that has as many, and copies of the first layers.
+
+        Raises:
+            UnsupportedModelError: for rows whose width places cannot share.
+        """
+        k, width, make = self.count(shape), shape.width, shape.first_layers
+        assert make is not None  # every shape of a model has them
+        if width % 4:
+            raise UnsupportedModelError(
+                "llava_mini gives a quarter of its channels each to sines and cosines of rows and "
+                f"columns, and what this model's connector reads has {width}; use a method such as "
+                "'voco_llama', which learns behind the connector."
+            )
+
+        def parts() -> Fusion:
+            grid, heads = squarest(k, k), heads_within(width, self.heads)
+            return Fusion(width, shape.out, grid, lambda: make(self.fusion), heads)
+
+        return fresh(parts, self.seed, self.weights)
+
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """The queries' rows.
+
+        Raises:
+            ConfigError: for several rectangles, when an earlier method dropped or merged tokens,
+                and for another count than that of the queries.
+        """
+        size, k = whole_map(self.name, tokens), self.budget(tokens, keep)
+        compressor = required(tokens.parts, Fusion, "prompt").compressor
+        queries = compressor.grid[0] * compressor.grid[1]
+        if k != queries:
+            raise self.refuse_count(tokens.n, k, queries)
+        rows, attention = compressor(tokens.features, size)
+        source, moved = stand_for(attention.detach())
+        return tokens.regroup(rows.to(tokens.features.dtype), source, moved)
 
 
 class Resampler(nn.Module):

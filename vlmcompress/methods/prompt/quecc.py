@@ -14,6 +14,7 @@ from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.methods.base import FeatureSpace, Needs
 from vlmcompress.methods.celled import CellCompressor
 from vlmcompress.methods.learned import Learned, fresh, required
+from vlmcompress.methods.ops.queries import heads_within
 from vlmcompress.methods.ops.windows import Size, windows
 from vlmcompress.methods.options import Layer, check_count, check_layers
 from vlmcompress.methods.trained import ConnectorShape, cell_grid
@@ -41,7 +42,7 @@ class QueCC(CellCompressor):
 
     Attributes:
         layers: of the tower, whose states keys and values are made of.
-        heads: of the attention.
+        heads: of the attention, at most; fewer where the width needs it.
     """
 
     name: ClassVar[str] = "quecc"
@@ -65,13 +66,14 @@ class QueCC(CellCompressor):
         kernel = _KERNEL
         if shape.grid is not None and shape.tokens is not None:
             kernel = kernel_for(shape.grid, cell_grid(shape.grid, shape.tokens))
-        return fresh(
-            lambda: QueryCondenser(
-                shape.width, shape.levels, shape.out, kernel, self.heads, shape.state_width
-            ),
-            self.seed,
-            self.weights,
-        )
+        heads = heads_within(shape.width, self.heads)
+
+        def parts() -> QueryCondenser:
+            return QueryCondenser(
+                shape.width, shape.levels, shape.out, kernel, heads, shape.state_width
+            )
+
+        return fresh(parts, self.seed, self.weights)
 
     def pack(self, tokens: VisualTokens, size: Size, cells: Size) -> Tensor:
         """One row per cell.

@@ -9,15 +9,68 @@ of an image, and does not depend on what is asked about it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmcompress.core.errors import CheckpointError, UnsupportedInputError
-from vlmcompress.methods.learned import Learned
+from vlmcompress.core.tokens import VisualTokens
+from vlmcompress.methods.base import FeatureSpace
+from vlmcompress.methods.learned import Learned, fresh, required
+from vlmcompress.methods.parts import Partition
+from vlmcompress.methods.prompt.base import PromptCompressor
+from vlmcompress.methods.trained import ConnectorShape
 
 #: Row of the released table of embeddings that belongs to the compression token.
 RELEASED_ID = 32000
+
+
+@dataclass(frozen=True)
+class VoCoLLaMA(PromptCompressor):
+    """An image becomes what a few tokens of the LLM are in every layer when they have read it.
+
+    The LLM reads each image once, its rows and behind them the compression tokens. In the prompt
+    only these stand in the image's place, and in every layer they hold what they held then. Text
+    sees them as it would in one long pass under the mask of `Blocks`, in training and inference
+    alike and under any kernel, and neither pass has the length of that one. What was read holds for
+    every question. (The released code makes the long pass, also at inference, and under
+    FlashAttention or eager attention without its mask.)
+
+    In the prompt compression tokens stand where the last tokens of the image stood. It needs
+    training, the LLM's included: untrained, embeddings are drawn by `seed`.
+    """
+
+    name: ClassVar[str] = "voco_llama"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.12275"
+    reads: ClassVar[FeatureSpace] = "llm"
+    partition: ClassVar[Partition] = Partition(scope="image")
+
+    @property
+    def reads_images(self) -> bool:
+        """It does."""
+        return True
+
+    def parts(self, shape: ConnectorShape) -> VocoTokens:
+        """One embedding per compression token."""
+        tokens = self.count(shape)
+        return fresh(lambda: VocoTokens(tokens, shape.out), self.seed, self.weights)
+
+    def compress(self, tokens: VisualTokens, keep: float | int) -> VisualTokens:
+        """The compression tokens, which are to read the rows that came in.
+
+        Raises:
+            ConfigError: when more are asked for than there are embeddings.
+        """
+        k, (b, n, _) = self.budget(tokens, keep), tokens.features.shape
+        parts = required(tokens.parts, VocoTokens, "prompt")
+        if k > len(parts.embeddings):
+            raise self.refuse_count(n, k, len(parts.embeddings))
+        rows = torch.arange(n, device=tokens.features.device)
+        # Those in front are shared out evenly; the last ones stand for themselves.
+        moved = torch.where(rows < n - k, rows * k // max(n - k, 1), rows - (n - k))
+        made = parts.rows(b, tokens.features.dtype)[:, :k]
+        return tokens.regroup(made, rows[n - k :].expand(b, -1), moved.expand(b, -1))
 
 
 class VocoTokens(Learned):
