@@ -39,6 +39,12 @@ TRAINED_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("quecc", {"heads": 4}),
 )
 
+#: Those whose work goes on where the prompt enters the language model.
+PROMPT_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("llava_mini", {"fusion": 1, "heads": 4}),
+    ("voco_llama", {}),
+)
+
 TOWER_METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("evit", {}),
     ("tome_tower", {}),

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel
 
 from vlmcompress.core.errors import (
-    CacheMismatchError,
     CheckpointError,
     ConfigError,
     UnsupportedInputError,
@@ -25,7 +24,6 @@ from vlmcompress.methods.layouts import Layout, layout, load_released
 from vlmcompress.methods.learned import Learned, fresh
 from vlmcompress.methods.prompt.llava_mini import Fusible, Fusion, Resampler, causal, places
 from vlmcompress.methods.prompt.quecc import QueryCondenser, kernel_for, last_states
-from vlmcompress.methods.prompt.voco_cache import VocoCache
 from vlmcompress.methods.prompt.voco_llama import Blocks, VocoTokens
 
 FIXTURES = Path(__file__).parent / "parity"
@@ -372,118 +370,6 @@ def test_text_never_depends_on_patches_but_through_compression_tokens(llm: Llama
     rows.grad = None
     masked(llm, rows, llm_blind).last_hidden_state[0, 4:].square().sum().backward()
     assert bool((rows.grad[0, 1:4] == 0).all())
-
-
-def cached(llm: LlamaModel, caches: list[VocoCache]) -> DynamicCache:
-    cache = DynamicCache(config=LLM)
-    for i in range(len(llm.layers)):
-        keys, values = (
-            torch.cat([getattr(c, n)[i] for c in caches], 1)[None] for n in ("keys", "values")
-        )
-        cache.update(keys, values, i)
-    return cache
-
-
-def stored(llm: LlamaModel, rows: Tensor, tokens: int, start: int = 0) -> VocoCache:
-    """An image and its compression tokens worked on alone, from a place of the prompt on."""
-    voco = torch.zeros(1, rows.shape[1], dtype=torch.bool)
-    voco[:, -tokens:] = True
-    blocks = Blocks.of(torch.ones_like(voco).long(), voco)
-    out = masked(llm, rows, blocks, start, past_key_values=DynamicCache(config=LLM), use_cache=True)
-    layers = [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
-    return VocoCache.of(layers, voco[0], blocks.positions()[0] + start, "tiny")
-
-
-@pytest.mark.parametrize("tokens", [1, 2])
-@torch.no_grad()
-def test_two_stages_are_the_masked_whole(llm: LlamaModel, tmp_path: Path, tokens: int):
-    """Compress once, cut the cache, ask: as one pass over everything under the mask."""
-    vision, text = random(1, 5 + tokens, 16), random(1, 4, 16, seed=1)
-    cache = stored(llm, vision, tokens)
-    assert cache.tokens == tokens
-    assert cache.positions.tolist() == list(range(5, 5 + tokens))
-    assert cache.bytes == 2 * 3 * 2 * tokens * 4 * 4  # k and v, layers, heads, width, float32
-    path = tmp_path / "image.safetensors"
-    cache.save(path)
-    read = VocoCache.load(path)
-    assert read.following == cache.following == 5 + tokens
-    past = cached(llm, [read])
-    positions = torch.arange(4)[None] + read.following
-    short = llm(inputs_embeds=text, past_key_values=past, position_ids=positions)
-    assert short.past_key_values.get_seq_length() == tokens + 4
-
-    image = torch.tensor([[1] * (5 + tokens) + [0] * 4])
-    voco = torch.zeros_like(image).bool()
-    voco[:, 5 : 5 + tokens] = True
-    whole = masked(llm, torch.cat([vision, text], 1), Blocks.of(image, voco))
-    want = whole.last_hidden_state[:, 5 + tokens :]
-    torch.testing.assert_close(short.last_hidden_state, want, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_images_are_compressed_each_alone(llm: LlamaModel):
-    """Two images and a question: their caches side by side are as good as one masked pass."""
-    first, second, text = random(1, 4, 16), random(1, 6, 16, seed=1), random(1, 3, 16, seed=2)
-    caches = [stored(llm, first, 1)]
-    caches.append(stored(llm, second, 2, caches[0].following))
-    positions = torch.arange(3)[None] + caches[1].following
-    past = cached(llm, caches)
-    short = llm(inputs_embeds=text, past_key_values=past, position_ids=positions)
-    assert short.past_key_values.get_seq_length() == 3 + 3
-
-    image = torch.tensor([[1] * 4 + [2] * 6 + [0] * 3])
-    voco = torch.tensor([[0] * 3 + [1] + [0] * 4 + [1] * 2 + [0] * 3]).bool()
-    whole = masked(llm, torch.cat([first, second, text], 1), Blocks.of(image, voco))
-    want = whole.last_hidden_state[:, 10:]
-    torch.testing.assert_close(short.last_hidden_state, want, atol=1e-5, rtol=1e-4)
-
-
-def test_a_cache_belongs_to_its_model(llm: LlamaModel):
-    cache = stored(llm, random(1, 4, 16), 1)
-    cache.check("tiny", 3)
-    for model, layers in (("other", 3), ("tiny", 2)):
-        with pytest.raises(CacheMismatchError, match="compress the image with this model"):
-            cache.check(model, layers)
-
-
-def _header(**values: Any) -> dict[str, str]:
-    return {"vlmcompress_voco_cache": json.dumps(values)}
-
-
-GOOD = {
-    "positions": torch.arange(2),
-    "keys.0": torch.ones(1, 2, 4),
-    "values.0": torch.ones(1, 2, 4),
-}
-NAMED = {"format": 1, "following": 2, "model": "m"}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "header", "match"),
-    [
-        (GOOD, {"x": "y"}, "does not name its format"),
-        (GOOD, {"vlmcompress_voco_cache": "{"}, "no cache"),
-        (GOOD, _header(**{**NAMED, "format": 2}), "has format 2.*upgrade"),
-        (GOOD, _header(format=1, model="m"), "are missing"),
-        ({"positions": torch.arange(2)}, _header(**NAMED), "are missing"),
-        ({**GOOD, "keys.1": torch.ones(1, 2, 4)}, _header(**NAMED), "same layers"),
-        ({**GOOD, "keys.0": torch.ones(1, 3, 4)}, _header(**NAMED), "do not fit"),
-    ],
-)
-def test_files_that_hold_no_cache(
-    tmp_path: Path, tensors: dict[str, Tensor], header: dict[str, str], match: str
-):
-    path = tmp_path / "cache.safetensors"
-    save_file(tensors, str(path), metadata=header)
-    with pytest.raises(CheckpointError, match=match):
-        VocoCache.load(path)
-    with pytest.raises(CheckpointError, match="no cache"):
-        VocoCache.load(tmp_path / "missing.safetensors")
-
-
-def test_a_cache_that_cannot_be_written(llm: LlamaModel, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        stored(llm, random(1, 4, 16), 1).save(tmp_path / "nowhere" / "x.safetensors")
 
 
 def test_compression_tokens_are_the_same_for_every_image():

@@ -15,6 +15,7 @@ from tests.methods_list import (
     CONNECTOR_METHODS,
     EXIT_TOWER_METHODS,
     LAYER_METHODS,
+    PROMPT_METHODS,
     SPARSE_TOWER_METHODS,
     TOWER_METHODS,
     TRAINED_METHODS,
@@ -29,7 +30,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 def test_every_method_is_in_the_test_list():
     tower = TOWER_METHODS + SPARSE_TOWER_METHODS + EXIT_TOWER_METHODS
     layer = LAYER_METHODS + ADAPTIVE_LAYER_METHODS + BESIDE_METHODS
-    stages = {"connector": CONNECTOR_METHODS + TRAINED_METHODS, "tower": tower, "decoder": layer}
+    connector = CONNECTOR_METHODS + TRAINED_METHODS
+    stages = {"connector": connector, "tower": tower, "decoder": layer, "prompt": PROMPT_METHODS}
     for stage, methods in stages.items():
         listed = [name for name, _ in methods]
         assert len(set(listed)) == len(listed)

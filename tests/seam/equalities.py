@@ -72,8 +72,10 @@ def budgets(method: str) -> list[Any]:
 
 
 def half(method: str) -> float | None:
-    """A budget that every method knows: a half, or None for one of its own."""
-    return None if budgets(method) == [None] else 0.5
+    """A budget that every method knows: about a half, or None for one of its own."""
+    if budgets(method) == [None]:
+        return None
+    return 4 if matrix.stage_of(method) == "prompt" else 0.5
 
 
 def modes(w: World, method: str) -> tuple[str, ...]:

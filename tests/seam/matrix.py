@@ -32,11 +32,13 @@ SLICE_KERNELS = ("sdpa", "eager")
 KERNELS = ("sdpa", "eager", "fake_flash", "flex_attention", "flash_attention_2")
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = ("original", "contiguous")
-#: By stage: a tower cannot always come down to one patch, and `auto` is for finished towers.
+#: By stage: a tower cannot always come down to one patch, `auto` is for finished towers, and parts
+#: of methods of the prompt are made for a count.
 BUDGETS: dict[str, tuple[float | int | str, ...]] = {
     "connector": (1, 0.5, "auto"),
     "tower": (0.4,),
     "decoder": (1, 0.3),
+    "prompt": (1, 4),
 }
 
 #: The equalities of the full matrix and what they are called in the documentation.
@@ -138,7 +140,9 @@ BESIDE = tuple(n for n in names("decoder") if not isinstance(configured(n), Laye
 EXITS = tuple(n for n in names() if isinstance(configured(n), LayerExit | TowerExit))
 
 #: Between tower and language model, by trained weights.
-TRAINED = tuple(n for n in names("connector") if not configured(n).training_free)
+TRAINED = tuple(n for n in names("connector", "prompt") if not configured(n).training_free)
+#: The same, and something goes on where the prompt enters the language model.
+ENTERING = tuple(names("prompt"))
 
 #: Methods whose options say how much stays, so that `keep` cannot.
 OWN_BUDGETS = tuple(n for n in names() if configured(n).own_budget)
@@ -159,6 +163,19 @@ _OF_KINDS = (
         "its rows are made by trained weights, so that none of them is a token of the tower",
         equality=("keep_all", "drop_is_mask"),
         method=TRAINED,
+    ),
+    Exemption(
+        "what the language model works on is more than the prompt and its short features: other "
+        "rows in every layer, or fused ones; both are written out instead "
+        "(`tests/seam/test_prompt_voco.py`, `tests/seam/test_prompt_mini.py`)",
+        equality=("cut_by_hand",),
+        method=ENTERING,
+    ),
+    Exemption(
+        "the text of a turn is fused with the images of that turn alone, as the cache holds the "
+        "others; all at once, it is fused with all of them",
+        equality=("turns",),
+        method=tuple(n for n in ENTERING if configured(n).fuses),
     ),
     Exemption(
         "a call leaves the layers together, when all of its samples may",
@@ -296,7 +313,7 @@ def refusal(method: str, family: str) -> str | None:
     Told of no method and no model, so that equal reasons are equal.
     """
     model, told = _plain(family), configured(method)
-    keep = None if told.own_budget else 0.5
+    keep: Any = None if told.own_budget else 4 if told.stage == "prompt" else 0.5
     try:
         patch(model, told, keep=keep).remove()
     except (EvidenceError, UnsupportedModelError) as error:

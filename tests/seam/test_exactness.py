@@ -11,7 +11,7 @@ from tests.seam.equalities import world
 
 PAIRS = matrix.slices()
 #: Of each image; towers cannot always come down that far.
-QUARTER = {"connector": [0.25], "tower": [0.4], "decoder": [0.25]}
+QUARTER = {"connector": [0.25], "tower": [0.4], "decoder": [0.25], "prompt": [4]}
 #: Equalities that run under every kernel and dtype, and those of methods inside the model.
 CROSSED = [e for e in matrix.EQUALITIES if e not in matrix.ONCE_PER_FAMILY]
 INSIDE = [(matrix.chosen_families(m)[0], m) for m in matrix.names("tower", "decoder")]

@@ -224,6 +224,10 @@ def test_compression_alone_and_pruning_inside_behind_it():
         assert handle.encode(**call).encoded.whole == ()
         model(**call)
         assert handle.last.tokens_after == (K, K, K)
+        alone = handle.last.prefill_flops
+    with patched(model) as handle:
+        model(**call)
+        assert alone < handle.last.prefill_flops < handle.last.prefill_flops_before * 2
     with shaken(patch(model, [METHOD, "fastv@1:0.5"])) as handle:
         model(**call)
         assert handle.last.layer_lengths[-1] < handle.last.layer_lengths[0]

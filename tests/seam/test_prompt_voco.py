@@ -31,7 +31,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def shaken(handle: Any) -> Any:
     """Embeddings as large as the model's rows, so that a mistake shows."""
     with torch.no_grad():
-        handle.parts.embeddings.mul_(50)
+        handle.parts.embed_tokens.weight.mul_(50)
     return handle
 
 
@@ -129,7 +129,7 @@ def test_two_passes_are_the_long_one_under_the_mask(family, prompt, mode):
     with patched(model, positions=mode, restore_length=False) as handle:
         got = model(**call).logits
         index = handle.last.token_index
-        embeddings = handle.parts.embeddings.clone()
+        embeddings = handle.parts.embed_tokens.weight.clone()
         assert handle.last.tokens_after == (K,) * prompt[0].images
     axes = 3 if family_of(model).rope == "mrope" else 1
     short = torch.arange(index.shape[1]).expand(axes, 1, -1)
@@ -240,7 +240,7 @@ def test_training(family):
             loss = model(**call).loss
             loss.backward()
             losses.append(loss.detach())
-            grads.append(handle.parts.embeddings.grad.clone())
+            grads.append(handle.parts.embed_tokens.weight.grad.clone())
         touched = [n for n, p in model.named_parameters() if p.grad is not None]
         assert any("layers.0.self_attn.k_proj" in n and "language" in n for n in touched)
         tower = [p.grad for p in family_of(model).tower_module(model.base_model).parameters()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmcompress.core.costs import prefill_flops
+from vlmcompress.core.costs import layered_flops, prefill_flops
 from vlmcompress.core.errors import UnsupportedInputError
 from vlmcompress.core.placement import Placement
 from vlmcompress.core.report import CallRecord
@@ -222,15 +222,29 @@ class _Preparation:
             tower_patches=encoded.tower_patches,
             tower_keys=encoded.tower_keys,
             tower_run=encoded.tower_run,
-            prefill_flops=_with_reading(prefill_flops(text, short, batch), text, encoded),
+            prefill_flops=_summed(prefill_flops(text, short, batch), *self._entrance(short, text)),
             prefill_flops_before=prefill_flops(text, length, batch),
             clock=self.watch.seconds,
         )
 
+    def _entrance(self, short: int, text: Any) -> list[int | None]:
+        """FLOPs of reading images beforehand, and of layers that fuse them with the text.
 
-def _with_reading(flops: int | None, text: Any, encoded: Encoded) -> int | None:
-    """FLOPs of a prefill and of reading images beforehand."""
-    for n, kept in zip(encoded.read, encoded.kept, strict=False):
-        reading = prefill_flops(text, n + len(kept), logits=0)
-        flops = None if flops is None or reading is None else flops + reading
-    return flops
+        Args:
+            short: rows of the shortened prompt.
+            text: configuration of the language model.
+        """
+        encoded, method = self.encoded, self.pipeline.prompt
+        read = [n + len(rows) for n, rows in zip(encoded.read, encoded.kept, strict=False)]
+        spent = [prefill_flops(text, n, logits=0) for n in read]
+        if method is not None and encoded.whole:
+            seen = torch.eq(self.call["input_ids"], self.model.config.image_token_id).sum(1)
+            for n in (seen + short).tolist():
+                spent.append(layered_flops(text, [(n, n)] * method.fuses, logits=0))
+        return spent
+
+
+def _summed(*flops: int | None) -> int | None:
+    """The sum, None where one of them is not known."""
+    known = [part for part in flops if part is not None]
+    return sum(known) if len(known) == len(flops) else None

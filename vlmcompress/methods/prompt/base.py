@@ -30,12 +30,12 @@ class PromptCompressor(LearnedCompressor):
         return False
 
     @property
-    def fuses(self) -> bool:
-        """Whether its parts rewrite the new rows and the text from all rows of the images.
+    def fuses(self) -> int:
+        """Layers in which its parts rewrite the new rows and the text from all rows of the images.
 
-        They do so where the prompt enters the LLM (`Fuser`).
+        They do so where the prompt enters the LLM.
         """
-        return False
+        return 0
 
     def count(self, shape: ConnectorShape) -> int:
         """Tokens that parts are made for.

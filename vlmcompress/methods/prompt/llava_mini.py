@@ -61,9 +61,9 @@ class LLaVAMini(PromptCompressor):
         check_count(self.name, "heads", self.heads)
 
     @property
-    def fuses(self) -> bool:
-        """Unless there is no layer to do it."""
-        return self.fusion > 0
+    def fuses(self) -> int:
+        """`fusion`."""
+        return self.fusion
 
     def parts(self, shape: ConnectorShape) -> Fusion:
         """Queries in the squarest grid that has as many, and copies of the first layers.

@@ -64,8 +64,8 @@ class VoCoLLaMA(PromptCompressor):
         """
         k, (b, n, _) = self.budget(tokens, keep), tokens.features.shape
         parts = required(tokens.parts, VocoTokens, "prompt")
-        if k > len(parts.embeddings):
-            raise self.refuse_count(n, k, len(parts.embeddings))
+        if k > parts.config["tokens"]:
+            raise self.refuse_count(n, k, parts.config["tokens"])
         rows = torch.arange(n, device=tokens.features.device)
         # Those in front are shared out evenly; the last ones stand for themselves.
         moved = torch.where(rows < n - k, rows * k // max(n - k, 1), rows - (n - k))
