@@ -22,7 +22,7 @@ from vlmcompress.methods.decoder.base import LayerMethod
 from vlmcompress.methods.learned import Learned
 from vlmcompress.methods.outliers import Outliers
 from vlmcompress.methods.parts import Partition
-from vlmcompress.methods.prompt.base import PromptCompressor
+from vlmcompress.methods.prompt.base import PromptCompressor, check_last
 from vlmcompress.methods.tower.base import TowerReducer
 
 #: Options that every connector stage has, beside those of its method.
@@ -224,26 +224,8 @@ def _assemble(
     rest = list(zip(stages, methods, strict=True))
     connector = tuple(_stage(c, method, seed) for c, method in rest[:cut])
     decoder = tuple(_layer_stage(c, method, seed) for c, method in rest[cut:])
-    _check_prompt([stage.method for stage in connector], [stage.method for stage in decoder])
+    check_last([stage.method for stage in connector], [stage.method for stage in decoder])
     return Pipeline(connector, config, tower, decoder)
-
-
-def _check_prompt(connector: Sequence[Method], decoder: Sequence[Method]) -> None:
-    """Refuse what would come between a method of the prompt and what it does there."""
-    for i, method in enumerate(connector):
-        if not isinstance(method, PromptCompressor):
-            continue
-        if i + 1 < len(connector):
-            raise ConfigError(
-                f"{method.name} works on up to the language model's entrance, and "
-                f"{connector[i + 1].name!r} stands behind it; name {method.name} last of those "
-                "before the language model."
-            )
-        if method.reads_images and decoder:
-            raise ConfigError(
-                f"{method.name}'s tokens come into every layer of the language model as it read "
-                f"them before, so that {decoder[0].name!r} cannot act there; use one of them."
-            )
 
 
 def _layer_stage(config: StageConfig, method: Method, seed: int) -> LayerStage:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmcompress.core.errors import ConfigError
-from vlmcompress.methods.base import Stage
+from vlmcompress.methods.base import Method, Stage
 from vlmcompress.methods.trained import ConnectorShape, LearnedCompressor
 
 
@@ -62,3 +63,29 @@ class PromptCompressor(LearnedCompressor):
             f"An image of {n} tokens is to become {k}, and {self.name}'s parts are made for "
             f"{made}; give keep as a count that every image has."
         )
+
+
+def check_last(connector: Sequence[Method], decoder: Sequence[Method]) -> None:
+    """Refuse what would come between a method of the prompt and what it does there.
+
+    Args:
+        connector: methods between tower and LLM, in the order given.
+        decoder: those inside the LLM.
+
+    Raises:
+        ConfigError: for a method behind it, or inside an LLM whose rows it holds.
+    """
+    for i, method in enumerate(connector):
+        if not isinstance(method, PromptCompressor):
+            continue
+        if i + 1 < len(connector):
+            raise ConfigError(
+                f"{method.name} works on up to the language model's entrance, and "
+                f"{connector[i + 1].name!r} stands behind it; name {method.name} last of those "
+                "before the language model."
+            )
+        if method.reads_images and decoder:
+            raise ConfigError(
+                f"{method.name}'s tokens come into every layer of the language model as it read "
+                f"them before, so that {decoder[0].name!r} cannot act there; use one of them."
+            )
