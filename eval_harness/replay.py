@@ -201,9 +201,9 @@ def built(method: Any) -> pipeline.Pipeline:
 def shared(method: Any) -> bool:
     """Whether all questions about an image see the same of it under a method."""
     if isinstance(method, str):
-        return not built(method).needs().text
+        return not built(method).needs().asks
     inside = getattr(method, "stage", "") in ("tower", "connector")
-    return inside and not method.needs().text and not isinstance(method, CoveragePruner)
+    return inside and not method.needs().asks and not isinstance(method, CoveragePruner)
 
 
 def repeated(encoding: CompressedEncoding, images: Sequence[int]) -> CompressedEncoding:
@@ -226,6 +226,8 @@ def repeated(encoding: CompressedEncoding, images: Sequence[int]) -> CompressedE
             kept=rows(encoded.kept),
             segments=rows(encoded.segments),
             assignments=rows(encoded.assignments),
+            heard=rows(encoded.heard) if encoded.heard else (),
+            whole=rows(encoded.whole) if encoded.whole else (),
         )
     )
 

@@ -105,7 +105,7 @@ def load(path: str | Path, wanted: Mapping[str, Any], device: torch.device) -> E
 
 
 def _tensors(encoded: Encoded) -> dict[str, Tensor]:
-    out = {}
+    out: dict[str, Tensor] = {}
     for i, rows in enumerate(_features(encoded)):
         out |= {f"features.{i}": rows, f"kept.{i}": encoded.kept[i]}
         for name in _OPTIONAL:
@@ -128,14 +128,14 @@ def _encoded(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> Encoded:
     from vlmcompress.live.encoded import Encoded, pooled
 
     images = range(len(header["lengths"]))
-    features = [found[f"features.{i}"] for i in images]
+    rows: Any = pooled([found[f"features.{i}"] for i in images], header["stacked"])
     parts = {
         name: tuple(found.get(f"{name}.{i}") for i in images)
         for name in _OPTIONAL
         if name == "assignments" or f"{name}.0" in found
     }
     return Encoded(
-        output=BaseModelOutputWithPooling(pooler_output=pooled(features, header["stacked"])),
+        output=BaseModelOutputWithPooling(pooler_output=rows),
         lengths=tuple(header["lengths"]),
         kept=tuple(found[f"kept.{i}"] for i in images),
         segments=tuple(tuple(map(_as_segment, image)) for image in header["segments"]),

@@ -31,7 +31,8 @@ _KERNEL: Kernel = (4, 4)
 class QueCC(CellCompressor):
     """Query-based compression: each cell of the image is asked what matters for the question.
 
-    The question runs through the language model by itself, and the last state of its last token is
+    The question runs through the language model by itself, with what its tokenizer puts around a
+    text, and the last state of its last token is
     added to every patch that queries are made of; `QueryCondenser` says the rest. The model's own
     connector follows. Compressed images are those of one question: another one needs them anew.
 

@@ -35,7 +35,9 @@ class VoCoLLaMA(PromptCompressor):
     sees them as it would in one long pass under the mask of `Blocks`, in training and inference
     alike and under any kernel, and neither pass has the length of that one. What was read holds for
     every question. (The released code makes the long pass, also at inference, and under
-    FlashAttention or eager attention without its mask.)
+    FlashAttention or eager attention without its mask. In its prompts the begin of the sequence
+    stands before the image's rows and a line break behind them, and compression tokens see both;
+    here they see the image alone, so that what is read fits every prompt.)
 
     In the prompt compression tokens stand where the last tokens of the image stood. It needs
     training, the LLM's included: untrained, embeddings are drawn by `seed`.
