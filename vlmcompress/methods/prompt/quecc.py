@@ -32,9 +32,9 @@ class QueCC(CellCompressor):
     """Query-based compression: each cell of the image is asked what matters for the question.
 
     The question runs through the language model by itself, with what its tokenizer puts around a
-    text, and the last state of its last token is
-    added to every patch that queries are made of; `QueryCondenser` says the rest. The model's own
-    connector follows. Compressed images are those of one question: another one needs them anew.
+    text, and the last state of its last token is added to every patch that queries are made of;
+    `QueryCondenser` says the rest. The model's own connector follows. Compressed images are those
+    of one question: another one needs them anew.
 
     Where the connector cannot be parted from the tower, queries are made of the rows that leave it,
     and its place is behind it. It needs training: untrained, rows are drawn by `seed`. The
