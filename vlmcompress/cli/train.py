@@ -25,7 +25,6 @@ def main() -> None:
 
 app.command()(lora)
 
-
 @app.command()
 def atp(
     out: Annotated[Path, typer.Option(help="Folder of the run; it becomes the adapter.")],
