@@ -62,12 +62,17 @@ def check_training(space: dict[str, Any], said: str) -> None:
     assert "generate" not in space["model"].__dict__
 
 
+def check_tuning(space: dict[str, Any], said: str) -> None:
+    assert space["handle"].config.to_spec() == "tome_tower:0.5 | vtc_cls:0.25"
+
+
 CHECKS = {
     "README.md": check_readme,
     "CONTRIBUTING.md": check_contributing,
     "docs/adapters.md": check_adapters,
     "docs/first-patch.md": check_first_patch,
     "docs/training.md": check_training,
+    "docs/tuning.md": check_tuning,
 }
 
 

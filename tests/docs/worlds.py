@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 from tests.project import ROOT
-from vlmcompress import handle_of, patch, reference
+from vlmcompress import CompressionConfig, handle_of, patch, reference
 from vlmcompress.core.errors import VLMCompressError
 from vlmcompress.methods.layouts import layout
 
@@ -51,9 +51,8 @@ def nothing(place: Place) -> Iterator[dict[str, Any]]:
     yield {}
 
 
-@contextmanager
-def readme(place: Place) -> Iterator[dict[str, Any]]:
-    """The reference model in place of the checkpoint, and a photograph."""
+def checkpoint(place: Place) -> tuple[Any, list[str]]:
+    """The reference model in place of every checkpoint, and the list of those asked for."""
     import transformers
 
     model, processor = reference.load()
@@ -71,10 +70,27 @@ def readme(place: Place) -> Iterator[dict[str, Any]]:
     change(auto, "from_pretrained", stand_in(model))
     change(transformers.AutoProcessor, "from_pretrained", stand_in(processor))
     change(reference, "load", lambda: (model, processor), raising=False)
+    return model, asked
+
+
+@contextmanager
+def readme(place: Place) -> Iterator[dict[str, Any]]:
+    """A checkpoint and a photograph."""
+    model, asked = checkpoint(place)
     Image.effect_noise((300, 200), 80).convert("RGB").save("photo.jpg")
     yield {}
     assert set(asked) == {CHECKPOINT}
     assert "generate" not in model.__dict__  # every handle was taken off
+
+
+@contextmanager
+def tuned(place: Place) -> Iterator[dict[str, Any]]:
+    """A checkpoint, and what `vlmcompress tune` wrote for it."""
+    _, asked = checkpoint(place)
+    Path("runs/tune").mkdir(parents=True)
+    CompressionConfig.from_spec("tome_tower:0.5 | vtc_cls:0.25").save("runs/tune")
+    yield {}
+    assert asked == [CHECKPOINT]
 
 
 @contextmanager
@@ -183,4 +199,5 @@ WORLDS: dict[str, World] = {
     "docs/bare-towers.md": towers,
     "docs/benchmarking.md": given,
     "docs/methods.md": one_by_one,
+    "docs/tuning.md": tuned,
 }
