@@ -247,29 +247,13 @@ def _grid(tower: TowerFacts, merge: int) -> tuple[int, int] | None:
 def _verdict(model: Any, name: str) -> Verdict:
     from vlmcompress import patch
     from vlmcompress.methods import registry
-    from vlmcompress.methods.trained import LearnedCompressor
 
-    method = registry.create(name)
-    keep = None if method.own_budget else 0.5
+    own = registry.create(name).own_budget
     try:
-        if isinstance(method, LearnedCompressor):
-            _check(model, name, keep)
-        else:
-            patch(model, name, keep=keep).remove()
+        with patch(model, name, keep=None if own else 0.5):
+            return Verdict(name, True)
     except VLMCompressError as error:
         return Verdict(name, False, str(error))
-    return Verdict(name, True)
-
-
-def _check(model: Any, name: str, keep: float | None) -> None:
-    """What `patch` checks before it draws weights, which here would be as large as layers."""
-    from vlmcompress.live.decoder import check
-    from vlmcompress.live.install import check_evidence
-    from vlmcompress.methods import pipeline
-
-    family, built = family_of(model), pipeline.build(name, keep)
-    check_evidence(family, model.base_model, built)
-    check(model, family, built)
 
 
 def _lines(found: Diagnosis) -> list[str]:

@@ -15,7 +15,7 @@ from vlmcompress.families import Family
 from vlmcompress.live.layercopies import first_layers
 from vlmcompress.live.layerparts import known
 from vlmcompress.methods.base import Method
-from vlmcompress.methods.learned import Learned
+from vlmcompress.methods.learned import Learned, drawn_for
 from vlmcompress.methods.options import resolve_layer
 from vlmcompress.methods.pipeline import Pipeline, Stage
 from vlmcompress.methods.trained import ConnectorShape, LearnedCompressor
@@ -48,7 +48,8 @@ def with_connector_parts(
         method = stage.method
         if not isinstance(method, LearnedCompressor):
             return stage
-        parts = method.parts(_shape(family, base, stage, ahead))
+        with drawn_for(device):
+            parts = method.parts(_shape(family, base, stage, ahead))
         if parts is None:
             return stage
         parts = known(stage.template, parts, old)

@@ -76,7 +76,7 @@ def patch(
         EvidenceError: when the method looks at something this tower does not have.
         MissingTextError: when the method reads the question and there is no `clip`.
         ConfigError, ConfigTypeError, UnknownMethodError: for bad `method`, `keep`, `positions` or
-        `seed`.
+            `seed`.
         CheckpointError: for a file of trained parts that cannot be used.
     """
     model = outer_model(model)

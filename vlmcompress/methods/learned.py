@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,6 +101,9 @@ Parts = TypeVar("Parts", bound=Learned)
 def fresh(make: Callable[[], Parts], seed: int, weights: str | None) -> Parts:
     """Parts from a file, or untrained and equal for equal seeds; no random state is touched.
 
+    Where `meta` is the default device only their shapes are made: for models that are looked at
+    without weights.
+
     Args:
         make: makes the parts, drawing from the global generator.
         seed: of what is drawn.
@@ -109,12 +112,22 @@ def fresh(make: Callable[[], Parts], seed: int, weights: str | None) -> Parts:
     Raises:
         CheckpointError, ConfigError: as `Learned.load`.
     """
+    if torch.get_default_device().type == "meta":
+        return make()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         parts = make().float()
     if weights is not None:
         parts.load(weights)
     return parts
+
+
+def drawn_for(device: torch.device) -> AbstractContextManager[Any]:
+    """Where parts for a model on a device are made: without numbers for one that has none.
+
+    The weights of a model on the `meta` device are shapes, and parts can be as large as its layers.
+    """
+    return torch.device("meta") if device.type == "meta" else nullcontext()
 
 
 def required(parts: nn.Module | None, kind: type[Parts], where: str) -> Parts:
