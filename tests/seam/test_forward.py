@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from tests import tiny
 from tests.seam import oracle
+from tests.seam.use_equalities import checkpoint
 from tests.tiny import Prompt
 from vlmcompress import patch
 
@@ -73,9 +74,7 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(model):
         plain.backward()
         want = {n: p.grad.clone() for n, p in trained.named_parameters() if p.grad is not None}
         trained.zero_grad()
-        # transformers 5.23 gave it a new name
-        enable = getattr(trained, "activation_checkpointing_enable", None)
-        (enable or trained.gradient_checkpointing_enable)()
+        checkpoint(trained)
         loss = trained(**call, use_cache=False).loss
         loss.backward()
     assert torch.allclose(loss, plain, atol=1e-6)

@@ -12,6 +12,7 @@ from tests import tiny
 from tests.seam import oracle
 from tests.seam.equalities import traces
 from tests.seam.talk import Talk
+from tests.seam.use_equalities import checkpoint
 from tests.tiny import Prompt
 from vlmcompress import ConfigError, UnsupportedInputError, UnsupportedModelError, patch
 from vlmcompress.methods.prompt.llava_mini import Fusion, LLaVAMini
@@ -189,7 +190,7 @@ def test_training(family, tmp_path):
     with patched(model) as handle:
         for checkpointed in (False, True):
             if checkpointed:
-                model.gradient_checkpointing_enable()
+                checkpoint(model)
             loss = model(**call).loss
             loss.backward()
             losses.append(loss.detach())

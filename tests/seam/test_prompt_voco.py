@@ -13,6 +13,7 @@ from tests import tiny
 from tests.seam import oracle
 from tests.seam.equalities import cache_size, traces
 from tests.seam.talk import Talk
+from tests.seam.use_equalities import checkpoint
 from tests.tiny import Prompt
 from vlmcompress import ConfigError, UnsupportedInputError, handle_of, patch
 from vlmcompress.families import family_of
@@ -234,7 +235,7 @@ def test_training(family):
     with patched(model) as handle:
         for checkpointed in (False, True):
             if checkpointed:
-                model.gradient_checkpointing_enable()
+                checkpoint(model)
             model.zero_grad()
             handle.parts.zero_grad()
             loss = model(**call).loss

@@ -11,6 +11,7 @@ from torch.optim import SGD
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
+from tests.seam.use_equalities import checkpoint
 from tests.support import same
 from vlmcompress import patch
 
@@ -104,9 +105,7 @@ def test_gradient_checkpointing(family):
     call = {**same.labelled(same.mixed(model)), "use_cache": False}
     with patch(model, keep=same.KEEP):
         want = gradients(model, call)
-    # transformers 5.23 gave it a new name
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
+    checkpoint(model)
     full = gradients(model, call)
     with patch(model, keep=same.KEEP) as handle:
         assert_equal_gradients(gradients(model, call), want)
