@@ -13,8 +13,6 @@ from tests.parity.cases import run
 from vlmcompress.methods import registry, table
 
 FILES = sorted(Path(__file__).parent.glob("*.npz"))
-#: Methods that rewrite the prompt: their parts are here, and no stage runs them yet.
-PARTS = ("quecc", "llava_mini", "voco_llama")
 
 
 def test_all_cases_are_here():
@@ -24,9 +22,7 @@ def test_all_cases_are_here():
 def test_the_table_of_methods_knows_them():
     assert index.PATH.read_text() == index.as_text(), "run: python -m tests.parity"
     cases = {case for row in table.rows(registry.BUILTIN) for case in row["parity"]}
-    parts = {case for method, found in index.cases().items() if method in PARTS for case in found}
-    assert not parts & cases, "a method of PARTS has its row in the table now"
-    assert {path.stem for path in FILES} == cases | parts
+    assert {path.stem for path in FILES} == cases
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
