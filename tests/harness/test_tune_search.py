@@ -133,7 +133,9 @@ def test_no_admissible_pipeline_says_which_floor_can_be_reached():
     assert verdict.outcome.pipeline == "m1"
     assert 0.65 < verdict.outcome.reachable <= 0.82
     assert 100 < verdict.outcome.images_needed < 400
-    assert {d["decision"] for d in search.decisions if d["pipeline"] == "m0"} == {"dropped"}
+    # Both were dropped, and tested nevertheless: to say what can be reached.
+    for name in known:
+        assert "dropped" in {d["decision"] for d in search.decisions if d["pipeline"] == name}
 
 
 def test_too_few_samples_say_how_many_are_needed():
