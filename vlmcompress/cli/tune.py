@@ -189,4 +189,6 @@ def _verdict(results: dict[str, Any], folder: Path) -> str:
             f"A pipeline whose answers are all the full model's needs {results['images_needed']} "
             f"held-out images for this floor; there are {held}."
         )
+    if any(row["decision"] in ("search ends", "test ends") for row in results["decisions"]):
+        lines.append("Time ran out; the same command goes on from here.")
     return " ".join(lines)
