@@ -169,7 +169,7 @@ def _started(command, folder):
 @pytest.mark.slow
 def test_signals_lose_nothing(tmp_path, reference_folder, run):
     """Killed, then interrupted, then run to its end: as if nothing had happened."""
-    long = ("--limit", "40")
+    long = ("--limit", "120")
     command = _command(tmp_path / "stopped", reference_folder, *long)
     killed = _started(command, tmp_path / "stopped")
     killed.kill()
