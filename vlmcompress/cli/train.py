@@ -25,6 +25,7 @@ def main() -> None:
 
 app.command()(lora)
 
+
 @app.command()
 def atp(
     out: Annotated[Path, typer.Option(help="Folder of the run; it becomes the adapter.")],
