@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional
 from typer.testing import CliRunner
 
@@ -475,6 +476,41 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "method", ["mqt(max_tokens=9)", "tokenpacker", "quecc", "llava_mini(fusion=1)", "voco_llama"]
+)
+def test_compressors_learn_along(method: str, stored: str, tmp_path: Path) -> None:
+    plan = dataclasses.replace(
+        SMALL, method=method, keep=KeepRange(4, 4), train_parts=True, stored=stored, steps=2
+    )
+    model, processor = load()
+    trained = train(model, processor, tmp_path, plan, Scenes())
+    untrained = patch(model, method, keep=4, processor=processor, seed=plan.seed)
+    first = untrained.parts.state_dict()
+    assert any(not torch.equal(first[n], v) for n, v in _only(trained.parts).state_dict().items())
+    untrained.remove()
+
+    other, processor = load()
+    handle = load_adapter(other, tmp_path, processor=processor)
+    assert handle.parts is not None
+    for name, value in _only(trained.parts).state_dict().items():
+        assert torch.equal(handle.parts.state_dict()[name], value), name
+    tuned = {n: p for n, p in trained.model.state_dict().items() if "lora_" in n}
+    found = {n.replace("base_model.model.", ""): p for n, p in other.state_dict().items()}
+    for name, value in tuned.items():
+        assert torch.equal(found[name.replace("base_model.model.", "")], value), name
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(str(path), "pt") as file:
+            dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+        assert dtypes == {getattr(torch, stored)}
+
+
+def _only(parts: dict[str, Any]) -> Any:
+    [one] = parts.values()
+    return one
+
+
 def test_thresholds_learn_along(tmp_path: Path) -> None:
     plan = dataclasses.replace(
         SMALL, method="atp", keep=None, train_parts=True, target=0.4, distil=0.0, steps=2

@@ -80,6 +80,9 @@ def lora(
     precision: Annotated[
         str, typer.Option(help="float32 or bfloat16: of passes and frozen weights.")
     ] = "float32",
+    stored: Annotated[
+        str, typer.Option(help="float32 or bfloat16: of the adapter's files.")
+    ] = "float32",
     load_in_4bit: Annotated[
         bool, typer.Option(help="Language model in 4 bits (QLoRA); needs bitsandbytes.")
     ] = False,
@@ -137,6 +140,7 @@ def lora(
         distil=distil,
         temperature=temperature,
         precision=precision,
+        stored=stored,
         checkpointing=checkpointing,
         save_every=save_every,
         log_every=log_every,

@@ -121,6 +121,7 @@ def train(
         )
         loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         tuned.eval()
+        trainee.round_to(getattr(torch, plan.stored))
         rows, main = curve(loop.state.log_history), arguments.process_index == 0
         parts = {name: p.eval() for name, p in learning_of(handle).items()}
         if main:

@@ -43,6 +43,8 @@ class LoraPlan:
         distil: weight of the distance from the uncompressed model on tokens of answers.
         temperature: of both distributions there.
         precision: of the passes; what is trained stays float32.
+        stored: dtype of the adapter's files. What is trained is rounded to it at the end, so that
+            what is measured is what the files hold.
         checkpointing: whether layers of the language model run again in the backward pass.
         save_every: steps between checkpoints, a multiple of `log_every`.
         log_every: steps between rows of the log.
@@ -70,6 +72,7 @@ class LoraPlan:
     distil: float = 0.0
     temperature: float = 1.0
     precision: str = "float32"
+    stored: str = "float32"
     checkpointing: bool = False
     save_every: int = 100
     log_every: int = 10
@@ -93,7 +96,8 @@ class LoraPlan:
         if self.target is not None:
             check_number("training", "target", self.target, 0, 1)
         check_number("training", "temperature", self.temperature, 1e-3, math.inf)
-        check_choice("training", "precision", self.precision, PRECISIONS)
+        for name in ("precision", "stored"):
+            check_choice("training", name, getattr(self, name), PRECISIONS)
         check_connector(self.connector)
         if self.save_every % self.log_every:
             raise ConfigError(

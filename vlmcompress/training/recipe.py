@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub.utils import yaml_dump
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from eval_harness.machine import environment
 from vlmcompress import hub
@@ -93,6 +96,7 @@ def save(
     if plan.keep is not None and not plan.keep.fixed:
         handle.set(keep=plan.keep.middle)
     hub.save(handle, folder, trained_keep=trained_keep)
+    _store(folder, getattr(torch, plan.stored))
     told = {
         **facts,
         "plan": plan.to_dict(),
@@ -102,6 +106,17 @@ def save(
         "end": curve[-1] if curve else None,
     }
     (folder / RECIPE).write_text(yaml_dump(json.loads(json.dumps(told))), encoding="utf-8")
+
+
+def _store(folder: Path, dtype: torch.dtype) -> None:
+    """Write the floats of an adapter's files in another dtype."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, value in tensors.items():
+            tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        save_file(tensors, path, header)
 
 
 def results(

@@ -162,6 +162,13 @@ class Trainee(nn.Module):
         """What is trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round what is trained, buffers included, to numbers of a dtype; it stays in its own."""
+        for value in (*self.learning().values(), *self.parts.buffers()):
+            if value.is_floating_point():
+                value.copy_(value.to(dtype))
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What is trained."""
         return {name: p.detach().contiguous() for name, p in self.learning().items()}
@@ -200,4 +207,4 @@ def learning_of(handle: Any) -> dict[str, nn.Module]:
 
 def _shareable(pipeline: Pipeline) -> bool:
     """Whether all rows that show an image see the same of it."""
-    return not pipeline.needs().text and not pipeline.shares_prompts
+    return not pipeline.needs().asks and not pipeline.shares_prompts
