@@ -11,6 +11,8 @@ TEST_ARGS ?=
 PARETO_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 METHODS_ARGS ?=
+LAYER_METHODS := fastv,pyramiddrop,sparsevlm,vscan_llm,topv,holitom_llm,prunevid_llm,random_layer,uniform_layer
+LAYER_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --keeps 0.1 --repeats 5 --warmup 1 --new-tokens 8
 ATP_SEEDS ?= 0 1 2
 ATP_ARGS ?= --steps 400 --lambda-target 0.03 --questions 0
 COMMA := ,
@@ -19,7 +21,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup docs dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results
+.PHONY: support setup docs dist test-wheel import-time selection-time demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times
 
 setup: $(STAMP)
 
@@ -59,11 +61,11 @@ reference-results: $(STAMP)  ## the tables of the reference model and its target
 	$(BIN)/vlmcompress reference study --out $(RESULTS)/reference_eval.json
 	$(BIN)/python scripts/readme.py
 
-# On two cores half an hour of questions, then twenty minutes of times. Parts are kept in
-# build/methods.parts: a method's are measured anew when its file or the weights change, all of them
-# with METHODS_ARGS=--fresh.
+# On two cores half an hour of questions, then twenty minutes of times. The parts lie beside the
+# results, right and wrong by question: a method's are measured anew when its file or the weights
+# change, all of them with METHODS_ARGS=--fresh.
 methods-results: $(STAMP)  ## the table of all methods: accuracy and speed
-	$(BIN)/vlmcompress eval methods --out eval_harness/results/methods.json $(METHODS_ARGS)
+	$(BIN)/vlmcompress eval methods --out eval_harness/results/methods.json --parts eval_harness/results/methods.parts $(METHODS_ARGS)
 	$(BIN)/python scripts/readme.py
 
 # A few minutes per round and as much for the questions. Parts are kept in docs/assets/pareto.parts:
@@ -81,12 +83,17 @@ schedules-results: $(STAMP)  ## methods inside the language model at equal cost
 	$(BIN)/vlmcompress eval adaptive --out eval_harness/results/adaptive.json --adapters $(subst $(SPACE),$(COMMA),$(ATP_SEEDS:%=build/atp-%))
 	$(BIN)/python scripts/readme.py
 
+# Half an hour on two cores.
+layer-times: $(STAMP)  ## times of methods inside the language model, against their ideal
+	$(BIN)/vlmcompress bench $(LAYER_ARGS) --methods $(LAYER_METHODS) --out eval_harness/results/layer_times.json
+	$(BIN)/python scripts/readme.py
+
 retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retrieval and FLOPs
 	mkdir -p $(RESULTS)
 	$(BIN)/vlmcompress eval retrieval --out $(RESULTS)/retrieval.json
 	$(BIN)/python scripts/readme.py
 
-results: reference-results methods-results schedules-results retrieval-results pareto  ## the results files that the documentation quotes
+results: reference-results methods-results schedules-results layer-times retrieval-results pareto  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
 
 readme: demo  ## pictures and tables of README.md and docs/ from results

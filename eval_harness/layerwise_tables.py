@@ -66,3 +66,22 @@ def adaptive_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _listed(estimate: dict[str, float]) -> list[float]:
     return [estimate[name] for name in ("mean", "low", "high")]
+
+
+def time_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of times, from results of `vlmcompress bench` on one shape."""
+    header = ["method", "keep", "visual tokens per layer", "KV MiB", "TTFT", "TPOT", "prefill"]
+    first = results["configs"][0]["baseline"]
+    found = [["unpatched", "-", *_held(first), "1.00", "1.00", "1.000"]]
+    for row in results["configs"]:
+        before, after = row["baseline"]["tpot"], row["tpot"]
+        pace = "-" if before is None or after is None else f"{after / before:.2f}"
+        ideal = "-" if row["ideal_ratio"] is None else f"{row['ideal_ratio']:.3f}"
+        name = [f"`{row['method']}`", str(row["keep"])]
+        found.append([*name, *_held(row), f"{1 / row['speedup']:.2f}", pace, ideal])
+    return header, found
+
+
+def _held(row: dict[str, Any]) -> list[str]:
+    layers = row["tokens_in_layers"]
+    return [f"{sum(layers) / len(layers):.1f}", f"{row['kv_bytes'] / 2**20:.2f}"]

@@ -29,6 +29,7 @@ RESULTS = ROOT / "eval_harness" / "results"
 METHODS = RESULTS / "methods.json"
 SCHEDULES = RESULTS / "schedules.json"
 ADAPTIVE = RESULTS / "adaptive.json"
+LAYER_TIMES = RESULTS / "layer_times.json"
 _CLOCKS = ("wall", "cpu")
 _SCHEDULES = "make schedules-results"
 
@@ -64,11 +65,13 @@ def accuracy_region(results: dict[str, Any]) -> str:
 
 def bench_region(results: dict[str, Any]) -> str:
     """What `vlmcompress bench` measured and where it comes from."""
-    header = ["", "keep", "tokens", "KV MiB", "speed-up of TTFT", "floor ratio"]
+    header = ["", "keep", "tokens", "KV MiB", "speed-up of TTFT", "floor ratio", "ideal ratio"]
     first = results["configs"][0]["baseline"]
-    rows = [["unpatched", "", *_costs(first), "", ""]]
+    rows = [["unpatched", "", *_costs(first), "", "", ""]]
     for row in results["configs"]:
+        ideal = row.get("ideal_ratio")
         ratios = [f"{row['speedup']:.2f}", f"{row['floor_ratio']:.3f}"]
+        ratios.append("" if ideal is None else f"{ideal:.3f}")
         rows.append([f"`{row['method']}`", str(row["keep"]), *_costs(row), *ratios])
     machine = results["machine"]
     what = f"`{machine['shape']}` in {machine['dtype']}, random weights, medians of "
@@ -257,6 +260,18 @@ def adaptive_region(results: dict[str, Any]) -> str:
     )
 
 
+def layer_times_region(results: dict[str, Any]) -> str:
+    """Times of methods inside the language model, and where they come from."""
+    machine, plan = results["machine"], results["protocol"]
+    source = _source("../eval_harness/results/layer_times.json", machine, "make layer-times")
+    return (
+        f"{markdown(*layerwise_tables.time_rows(results))}\n\n"
+        f"`{machine['shape']}` in {machine['dtype']}, random weights, {plan['repeats']} "
+        "interleaved rounds. TTFT and TPOT relative to the unpatched model. Prefill relative to "
+        f"its ideal, each layer alone at its own length. {source}"
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -317,6 +332,7 @@ REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
     ("docs/results.md", "methods", METHODS, methods_region),
     ("docs/results.md", "schedules", SCHEDULES, schedules_region),
     ("docs/results.md", "adaptive", ADAPTIVE, adaptive_region),
+    ("docs/results.md", "layer_times", LAYER_TIMES, layer_times_region),
     ("docs/reference-model.md", "reference", ASSETS / "reference_eval.json", reference_region),
     ("docs/exactness.md", "matrix", ASSETS / "matrix.json", matrix_region),
     ("docs/exactness.md", "exemptions", ASSETS / "matrix.json", exemptions_region),

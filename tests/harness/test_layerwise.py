@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from eval_harness import layerwise
-from eval_harness.layerwise_tables import rows
+from eval_harness.layerwise_tables import rows, time_rows
 from tests.project import ROOT
 from vlmcompress import ConfigError
+from vlmcompress.cli import app
 from vlmcompress.methods import registry
 from vlmcompress.methods.decoder.base import LayerReducer
 
@@ -80,3 +82,20 @@ def test_what_was_measured_is_not_measured_again(found, monkeypatch):
     monkeypatch.setattr(layerwise, "ask_row", None)
     monkeypatch.setattr(layerwise, "ask_bare", None)
     assert layerwise.study(plan, folder, processes=0) == results
+
+
+def test_times_are_told_against_the_unpatched_model_and_the_ideal(tmp_path):
+    file = tmp_path / "times.json"
+    words = ["bench", "--random-weights", "tiny", "--methods", "fastv,holitom_llm"]
+    words += ["--keeps", "0.25", "--repeats", "1", "--warmup", "0", "--new-tokens", "3"]
+    done = CliRunner().invoke(app, [*words, "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(file.read_text())
+    header, lines = time_rows(results)
+    assert [line[0] for line in lines] == ["unpatched", "`fastv`", "`holitom_llm`"]
+    assert all(len(line) == len(header) for line in lines)
+    whole, fastv = float(lines[0][2]), float(lines[1][2])
+    assert 0.25 * whole < fastv < whole  # dropped only behind some layers
+    for line, row in zip(lines[1:], results["configs"], strict=True):
+        assert float(line[-1]) == pytest.approx(row["ideal_ratio"], abs=5e-4)
+        assert float(line[-2]) == pytest.approx(row["tpot"] / row["baseline"]["tpot"], abs=5e-3)
