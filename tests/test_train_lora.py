@@ -478,9 +478,10 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "method", ["mqt(max_tokens=9)", "tokenpacker", "quecc", "llava_mini(fusion=1)", "voco_llama"]
+    "method",
+    ["mqt(max_tokens=9)", "tokenpacker", "quecc", "llava_mini(fusion=1)", "voco_llama", "mod"],
 )
-def test_compressors_learn_along(method: str, stored: str, tmp_path: Path) -> None:
+def test_methods_learn_along(method: str, stored: str, tmp_path: Path) -> None:
     plan = dataclasses.replace(
         SMALL, method=method, keep=KeepRange(4, 4), train_parts=True, stored=stored, steps=2
     )
