@@ -38,9 +38,9 @@ test: $(STAMP)  ## everything but the full matrix and what needs a GPU
 	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix and not gpu" $(TEST_ARGS)
 
 # Outcomes are appended to build/matrix as they come; what has passed with the same sources does
-# not run again. FRESH=1 forgets it, SHARD=1/4 runs a quarter (test-matrix-report joins them).
+# not run again. FRESH=1 forgets it, NEW=1 leaves out what passed on earlier sources, SHARD=1/4 runs a quarter (test-matrix-report joins them).
 test-matrix: $(STAMP)  ## every method, family, kernel and dtype
-	$(SINGLE) $(BIN)/python -m pytest -p tests.matrix.plugin -n $(WORKERS) --dist worksteal -m matrix $(if $(SHARD),--shard $(SHARD)) $(if $(FRESH),--fresh) $(TEST_ARGS) tests/matrix
+	$(SINGLE) $(BIN)/python -m pytest -p tests.matrix.plugin -n $(WORKERS) --dist worksteal -m matrix $(if $(SHARD),--shard $(SHARD)) $(if $(FRESH),--fresh) $(if $(NEW),--new) $(TEST_ARGS) tests/matrix
 	$(if $(SHARD),,$(MAKE) test-matrix-report)
 
 test-matrix-report: $(STAMP)  ## outcomes of the matrix into docs/assets/matrix.json and the docs

@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("matrix")
     group.addoption("--shard", default="1/1", help="the part of the matrix to run, as 1/4")
     group.addoption("--fresh", action="store_true", help="run what has passed already, too")
+    group.addoption("--new", action="store_true", help="leave out what passed on earlier sources")
     group.addoption("--results", default=str(results.FOLDER), help="where outcomes are appended")
 
 
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[PASSED] = set()
     else:
         config.stash[PASSED] = results.passed(results.merged(folder))
+    if config.getoption("--new"):
+        config.stash[PASSED] |= results.passed_earlier()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests import tiny
 from tests.seam import kernels, oracle
 from tests.seam.reductions import keys_hidden
+from tests.seam.singles import check_answers
 from tests.tiny import Prompt
 from vlmcompress import patch
 from vlmcompress.core.costs import cache_bytes
@@ -116,14 +117,8 @@ METHODS = ("fastv@1:0.3", "pyramiddrop(layers=(1, 2)):0.25", DROPS, "divprune:0.
 @pytest.mark.parametrize("method", METHODS)
 def test_a_padded_batch_is_its_samples(model: Any, method: str) -> None:
     call = tiny.inputs(model, RAGGED)
-    per_image = tiny.tokens_per_image(model)
     with patch(model, method):
-        batch = model.generate(**call, **oracle.greedy(model))
-        for b in range(len(RAGGED)):
-            alone = oracle.row(call, b, model.config.image_token_id, per_image)
-            ids = model.generate(**alone, **oracle.greedy(model))
-            new = ids.shape[1] - alone["input_ids"].shape[1]
-            assert torch.equal(batch[b, -new:], ids[0, -new:])
+        check_answers(model, call)
 
 
 @torch.no_grad()
@@ -150,13 +145,7 @@ def test_beams_and_samples_repeat_their_row(llava: Any) -> None:
         several = llava.generate(
             **call, **oracle.greedy(llava), num_beams=3, num_return_sequences=2
         )
-        best = llava.generate(**call, **oracle.greedy(llava), num_beams=3)
-        for b, prompt in enumerate(RAGGED):
-            assert prompt
-            alone = oracle.row(call, b, llava.config.image_token_id, tiny.tokens_per_image(llava))
-            ids = llava.generate(**alone, **oracle.greedy(llava), num_beams=3)
-            new = ids.shape[1] - alone["input_ids"].shape[1]
-            assert torch.equal(best[b, -new:], ids[0, -new:])
+        check_answers(llava, call, num_beams=3)
     assert several.shape[0] == 2 * len(RAGGED)
     assert one.shape[0] == len(RAGGED)
 

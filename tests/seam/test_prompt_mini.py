@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import tiny
 from tests.seam import oracle
 from tests.seam.equalities import traces
+from tests.seam.singles import check_logits
 from tests.seam.talk import Talk
 from tests.seam.use_equalities import checkpoint
 from tests.tiny import Prompt
@@ -118,14 +119,8 @@ def test_fusion_layers_are_copies_of_the_first():
 def test_batch_is_singles(family, side):
     model = tiny.build(family)
     call = tiny.inputs(model, oracle.MIXED, padding=side)
-    per_image = tiny.tokens_per_image(model)
     with patched(model):
-        together = model(**call).logits
-        for b in range(len(oracle.MIXED)):
-            single = oracle.row(call, b, model.config.image_token_id, per_image)
-            rows = call["attention_mask"][b].bool()
-            alone = model(**single).logits[0]
-            torch.testing.assert_close(together[b][rows], alone, atol=2e-5, rtol=0)
+        check_logits(model, call)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import tiny
 from tests.seam import oracle
 from tests.seam.equalities import traces
+from tests.seam.singles import check_logits, singles
 from tests.seam.worlds import Letters
 from tests.tiny import Prompt
 from vlmcompress import EvidenceError, MissingTextError, patch
@@ -70,13 +71,11 @@ def test_quecc_written_out(family):
 def test_every_row_has_its_own_question(family):
     model = tiny.build(family)
     call = tiny.inputs(model, oracle.MIXED)
-    per_image = tiny.tokens_per_image(model)
     questions = ["one?", "another, longer one", "none"]
     with patched(model, question=None) as handle:
         together = model(**call, question=questions).logits
-        for b, prompt in enumerate(oracle.MIXED):
-            single = oracle.row(call, b, model.config.image_token_id, per_image)
-            if not prompt.images:
+        for b, single in singles(model, call):
+            if not oracle.MIXED[b].images:
                 continue
             alone = model(**single, question=questions[b]).logits
             rows = call["attention_mask"][b].bool()
@@ -91,14 +90,8 @@ def test_every_row_has_its_own_question(family):
 def test_both_paddings_say_the_same(family, side):
     model = tiny.build(family)
     call = tiny.inputs(model, oracle.MIXED, padding=side)
-    per_image = tiny.tokens_per_image(model)
     with patched(model):
-        together = model(**call).logits
-        for b in (0, 1):
-            single = oracle.row(call, b, model.config.image_token_id, per_image)
-            rows = call["attention_mask"][b].bool()
-            alone = model(**single).logits[0]
-            torch.testing.assert_close(together[b][rows], alone, atol=2e-5, rtol=0)
+        check_logits(model, call)
 
 
 @torch.no_grad()

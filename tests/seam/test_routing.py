@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests import tiny
 from tests.seam import oracle, plain_layers
+from tests.seam.singles import check_answers
 from tests.seam.talk import Talk
 from tests.tiny import Prompt, configs
 from vlmcompress import ConfigError, UnsupportedInputError, patch
@@ -110,13 +111,7 @@ COMPOSED = (
 def test_a_padded_batch_is_its_samples(model: Any, method: Any) -> None:
     call = tiny.inputs(model, RAGGED)
     with trained(model, method):
-        batch = model.generate(**call, **oracle.greedy(model))
-        for b in range(len(RAGGED)):
-            per_image = tiny.tokens_per_image(model)
-            alone = oracle.row(call, b, model.config.image_token_id, per_image)
-            ids = model.generate(**alone, **oracle.greedy(model))
-            new = ids.shape[1] - alone["input_ids"].shape[1]
-            assert torch.equal(batch[b, -new:], ids[0, -new:])
+        check_answers(model, call)
 
 
 @torch.no_grad()
