@@ -569,7 +569,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     results = json.loads((out / RESULTS).read_text())
     assert json.loads(done.stdout) == results
-    measured = results["measured"]
+    measured = results["measured"]["worlds"]["text"]
     assert measured["questions"] == 8
     row = measured["at"]["0.1"]
     assert row["gain"]["mean"] == pytest.approx(row["after"]["mean"] - row["before"]["mean"])

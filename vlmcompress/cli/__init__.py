@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from vlmcompress.cli import (
+    adapters,
     bench,
     calibrate,
     demo,
@@ -50,6 +51,7 @@ evaluation.app.command()(sweep.run)
 evaluation.app.command()(retrieval.retrieval)
 evaluation.app.command()(layerwise.schedules)
 evaluation.app.command()(layerwise.adaptive)
+evaluation.app.command()(adapters.adapter)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(reference.app, name="reference")

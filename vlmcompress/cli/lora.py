@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, table
-from vlmcompress.cli.values import REFERENCE, device_of, keep_of, load, location, words
+from vlmcompress.cli.adapters import QUESTIONS, keeps_of, measured, shown
+from vlmcompress.cli.output import Json, emit, progress
+from vlmcompress.cli.values import REFERENCE, device_of, load, location
 
 if TYPE_CHECKING:
     from vlmcompress.training.data import Source
-    from vlmcompress.training.plan import LoraPlan
 
-_BATCH = 64  # questions at a time when measuring
-_QUESTIONS = 2000
 #: Options that say where a run is, and not what.
 _PLACES = ("out", "images", "device", "as_json", "keep_checkpoints", "resume", "workers")
 
@@ -96,8 +94,8 @@ def lora(
         int | None,
         typer.Option(
             min=0,
-            help="Held-out questions about drawn scenes to measure on, before and after; "
-            f"{_QUESTIONS} for the reference model and 0 for others.",
+            help="Held-out questions of each drawn world to measure on, before and after; "
+            f"{QUESTIONS} for the reference model and 0 for others.",
         ),
     ] = None,
     eval_keeps: Annotated[
@@ -112,6 +110,7 @@ def lora(
 
     Several processes: accelerate launch --num_processes 2 -m vlmcompress.cli train lora ...
     """
+    from vlmcompress import hub
     from vlmcompress.training import recipe
     from vlmcompress.training.keeps import KeepRange
     from vlmcompress.training.loop import CHECKPOINTS
@@ -147,7 +146,7 @@ def lora(
     )
     source = _source(data, split, images, skip_broken)
     loaded, processor = _loaded(model, precision, device, load_in_4bit)
-    facts = {"command": _command(context, out), "model": model, "data": _shown(data)}
+    facts = {"command": _command(context, out), "model": model, "data": _named(data)}
     with progress("steps", steps) as bar:
         bar.disable = bar.disable or _rank() > 0
 
@@ -168,14 +167,16 @@ def lora(
         )
     if not trained.main:
         return
-    measured = None
-    asked = (_QUESTIONS if model == REFERENCE else 0) if questions is None else questions
+    asked = (QUESTIONS if model == REFERENCE else 0) if questions is None else questions
+    found = None
     if asked:
-        measured = _measured(trained.model, processor, plan, out, asked, eval_keeps)
-    results = recipe.results(out, plan, trained.curve, facts, measured)
+        bare = hub.unload(trained.model)
+        found = measured(bare, processor, out, asked, keeps_of(eval_keeps), seed)
+    told = {**facts, "plan": plan.to_dict(), "curve": trained.curve}
+    results = recipe.write_results(out, told, found, recipe.about_reference(out, facts))
     if not keep_checkpoints:
         shutil.rmtree(out / CHECKPOINTS)
-    emit(results, _text(results, out), as_json)
+    emit(results, shown(results, out), as_json)
 
 
 def _source(data: str, split: str, images: Path | None, skip_broken: bool) -> Source:
@@ -209,29 +210,6 @@ def _loaded(model: str, precision: str, device: str, in_4bit: bool) -> tuple[Any
     return quantised, AutoProcessor.from_pretrained(place)
 
 
-def _measured(
-    model: Any, processor: Any, plan: LoraPlan, out: Path, questions: int, eval_keeps: str | None
-) -> dict[str, Any]:
-    from vlmcompress.reference.data import samples
-    from vlmcompress.training.measure import before_and_after, keeps_of
-
-    keeps: Any = keeps_of(plan) if eval_keeps is None else [keep_of(k) for k in words(eval_keeps)]
-    with progress("batches", 2 * -(-questions // _BATCH)) as bar:
-        found = before_and_after(
-            model,
-            processor,
-            list(samples("test", questions)),
-            plan,
-            out,
-            keeps,
-            batch_size=_BATCH,
-            seed=plan.seed,
-            progress=lambda _line: bar.update(),
-        )
-    found["machine"]["shape"] = REFERENCE
-    return found
-
-
 def _command(typed: typer.Context, out: Path) -> str:
     """What was typed, without the places of the program and of the folder."""
     words = [f"vlmcompress train lora --out adapters/{out.name}"]
@@ -244,23 +222,6 @@ def _command(typed: typer.Context, out: Path) -> str:
     return " ".join(words)
 
 
-def _shown(data: str) -> str:
+def _named(data: str) -> str:
     """Data by its name, without the folder that it lies in."""
     return Path(data).name if Path(data).exists() else data
-
-
-def _text(results: dict[str, Any], out: Path) -> str:
-    measured = results.get("measured")
-    if measured is None:
-        return f"The adapter is in {out}."
-    rows = [
-        [
-            keep,
-            *(f"{100 * row[name]['mean']:.1f}" for name in ("before", "after")),
-            f"{100 * row['recovered']:.1f}",
-        ]
-        for keep, row in measured["at"].items()
-    ]
-    shown = table(["keep", "before", "after", "% of full"], rows)
-    full = 100 * measured["full"]["mean"]
-    return f"{shown}\n\nAll tokens: {full:.1f}. The adapter is in {out}."

@@ -94,6 +94,25 @@ def describe(
     return about
 
 
+def of_folder(folder: Path) -> About:
+    """What the card of an adapter says already, to write it anew."""
+    data = _card_beside(folder)
+    named = {
+        "base_model": getattr(data, "base_model", None),
+        "license": getattr(data, "license", None),
+        "license_name": getattr(data, "license_name", None),
+        "license_link": getattr(data, "license_link", None),
+        "relation": getattr(data, "base_model_relation", None),
+        "pipeline_tag": getattr(data, "pipeline_tag", None),
+    }
+    given: dict[str, Any] = {k: v for k, v in named.items() if isinstance(v, str)}
+    if not is_repo_id(given.get("base_model", "")):  # peft notes places on this machine
+        given.pop("base_model", None)
+    listed = getattr(data, "datasets", None) or []
+    datasets = [listed] if isinstance(listed, str) else list(listed)
+    return About(folder.resolve().name, **given, datasets=datasets)
+
+
 def _card_beside(folder: Path) -> Any:
     """Metadata of the card in a model's folder, None where there is no readable one."""
     if not (folder / CARD).is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from huggingface_hub.utils import yaml_dump
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vlmcompress.live.handle import Handle
 
 _RUN = "run.json"
+#: The worlds of drawn scenes, for readers.
+_ASKED = {"objects": "drawn objects, test split", "text": "drawn texts, test split"}
 _PACKAGES = ("vlmcompress", "accelerate", "peft")
 
 
@@ -119,59 +122,82 @@ def _store(folder: Path, dtype: torch.dtype) -> None:
         save_file(tensors, path, header)
 
 
-def results(
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """What `save` wrote into a folder; nothing where there is no recipe.
+
+    Raises:
+        ConfigError: when it cannot be read.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); train the adapter again.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no recipe but {type(found).__name__}; train again.")
+    return found
+
+
+def write_results(
     folder: Path,
-    plan: LoraPlan,
-    curve: Sequence[Mapping[str, float]],
-    facts: Mapping[str, Any],
+    found: Mapping[str, Any],
     measured: Mapping[str, Any] | None,
+    about: hub.About,
 ) -> dict[str, Any]:
     """Write what was measured, and the card, whose numbers come from nothing else.
 
     Args:
         folder: of the adapter.
-        plan: of the training.
-        curve: rows of its log.
-        facts: as for `save`.
+        found: what the file holds besides, with the `command` that made it.
         measured: what `before_and_after` returned, if it was asked.
+        about: what the card says beside the folder's files.
 
     Returns:
         What the file holds.
     """
-    found: dict[str, Any] = {**facts, "plan": plan.to_dict(), "curve": list(curve)}
+    told = dict(found)
     if measured is not None:
-        found |= {"measured": measured, "evaluations": _evaluations(measured)}
-    text = json.dumps(found, indent=2) + "\n"
-    (folder / RESULTS).write_text(text, encoding="utf-8")
-    hub.write_card(folder, hub.About(folder.resolve().name, license=_license(facts)))
-    return found
+        told |= {
+            "machine": measured["machine"],
+            "measured": measured,
+            "evaluations": _evaluations(measured),
+        }
+    (folder / RESULTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    hub.write_card(folder, about)
+    return told
 
 
-def _license(facts: Mapping[str, Any]) -> str | None:
-    """Of the reference model, which is this library's; that of others is found by the hub."""
-    return "apache-2.0" if facts.get("model") == "reference" else None
+def about_reference(folder: Path, facts: Mapping[str, Any]) -> hub.About:
+    """What a card says of a training; the licence of the reference model is this library's."""
+    license = "apache-2.0" if facts.get("model") == "reference" else None
+    return hub.About(folder.resolve().name, license=license)
 
 
 def _evaluations(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a card, see `vlmcompress.hub.results`."""
-
-    def row(setting: str, value: Mapping[str, float], compared: bool) -> dict[str, Any]:
-        return {
-            "dataset": {"name": "drawn scenes, test split"},
-            "setting": setting,
-            "metric": "accuracy",
-            "value": value["mean"],
-            "low": value["low"],
-            "high": value["high"],
-            "questions": measured["questions"],
-            "compared": compared,
-        }
-
-    rows = []
-    for keep, found in measured["at"].items():
-        named = "compressed" if keep == "None" else f"keep {keep}"
-        rows.append(row(f"{named}, with the adapter", found["after"], False))
-        rows.append(row(f"{named}, without", found["before"], True))
-    rows.append(row("all tokens, with the adapter", measured["full_adapted"], False))
-    rows.append(row("all tokens, without", measured["full"], True))
-    return [*rows, row("no image, without", measured["blind"], True)]
+    rows: list[dict[str, Any]] = []
+    for world, found in measured["worlds"].items():
+        values = []
+        for keep, at in found["at"].items():
+            named = "compressed" if keep == "None" else f"keep {keep}"
+            values.append((f"{named}, with the adapter", at["after"], False))
+            values.append((f"{named}, without", at["before"], True))
+        values.append(("all tokens, with the adapter", found["full_adapted"], False))
+        values.append(("all tokens, without", found["full"], True))
+        values.append(("no image, without", found["blind"], True))
+        rows += [
+            {
+                "dataset": {"name": _ASKED[world]},
+                "setting": setting,
+                "metric": "accuracy",
+                "value": value["mean"],
+                "low": value["low"],
+                "high": value["high"],
+                "questions": found["questions"],
+                "compared": compared,
+            }
+            for setting, value, compared in values
+        ]
+    return rows
