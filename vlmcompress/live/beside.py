@@ -21,7 +21,7 @@ from vlmcompress.methods.decoder.routing import LayerRouter
 from vlmcompress.methods.pipeline import LayerStage, Pipeline
 
 #: Visual tokens that budgets are tried on.
-_EXAMPLE = 576
+EXAMPLE = 576
 
 
 class Beside:
@@ -139,7 +139,7 @@ def check_beside(built: Pipeline, decoder: Decoder) -> None:
         elif isinstance(method, LayerExit):
             method.check_depth(depth)
         elif isinstance(method, LayerRouter):
-            method.processed(_EXAMPLE, stage.keep)
+            method.processed(EXAMPLE, stage.keep)
             _check_routed(method, built, depth)
 
 

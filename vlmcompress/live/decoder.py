@@ -24,7 +24,7 @@ from vlmcompress.core.tokens import Segment
 from vlmcompress.families import Family
 from vlmcompress.families.decoders import Decoder, decoder_of
 from vlmcompress.live import layers
-from vlmcompress.live.beside import check_beside
+from vlmcompress.live.beside import EXAMPLE, check_beside
 from vlmcompress.live.columns import create_causal_mask
 from vlmcompress.live.layerrun import Act, LayerRun
 from vlmcompress.live.rows import LayerRecord, Rows
@@ -34,8 +34,6 @@ from vlmcompress.methods.pipeline import LayerStage, Pipeline
 
 #: The attribute of a cache whose layers hold different lengths.
 ATTRIBUTE = "_vlmcompress_layers"
-#: Visual tokens that budgets are tried on.
-_EXAMPLE = 576
 
 
 def layers_of(cache: Any) -> LayerRecord | None:
@@ -147,7 +145,7 @@ def check(model: Any, family: Family, built: Pipeline) -> None:
         if not isinstance(stage.method, LayerReducer):
             continue
         sites = stage.method.sites(len(decoder.layers))
-        stage.method.counts(_EXAMPLE, stage.keep, len(decoder.layers))
+        stage.method.counts(EXAMPLE, stage.keep, len(decoder.layers))
         if decoder.between is None and any(site.where == "between" for site in sites):
             raise UnsupportedModelError(
                 f"{stage.method.name} acts between a layer's attention and its MLP, and the layers "
