@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from vlmcompress.reference.weights import WEIGHTS_DIR
+
 
 def describe(model: Any) -> dict[str, Any]:
     """`environment`, and the model's type, kernel and shape, JSON-ready."""
@@ -21,8 +23,17 @@ def describe(model: Any) -> dict[str, Any]:
         **gpu(torch.device(model.device)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": _kernels(model.config),
-        "shape": getattr(model, "name_or_path", "") or type(model).__name__,
+        "shape": name_of(model),
     }
+
+
+def name_of(model: Any) -> str:
+    """Hub id of a model, or `reference`, or its folder's own name: not where the folder lies."""
+    name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    return "reference" if folder.resolve() == WEIGHTS_DIR else folder.resolve().name
 
 
 def environment() -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _described(tower: Any, pixels: Tensor) -> dict[str, Any]:
         "device": machine.device_name(pixels.device),
         "dtype": str(pixels.dtype).removeprefix("torch."),
         "attention": {"tower": str(getattr(config, "_attn_implementation", "its own"))},
-        "shape": getattr(tower, "name_or_path", "") or type(tower).__name__,
+        "shape": machine.name_of(tower),
     }
 
 

@@ -51,13 +51,13 @@ def insert(document: str, region: str, content: str) -> str:
 def accuracy_region(results: dict[str, Any]) -> str:
     """The table method x keep of the demonstration and where it comes from."""
     header, rows = accuracy_rows(results)
-    rows = [[f"`{row[0]}`", *row[1:]] for row in rows] + [cost_rows(results)[0], _relative(results)]
+    rows = [[f"`{row[0]}`", *row[1:]] for row in rows] + cost_rows(results)
     return (
         f"{markdown(header, rows)}\n\n"
         f"Accuracy in % (95 % interval) of the small model that ships with the library on "
         f"{results['n']} questions about held-out drawn scenes; {100 * results['blind']:.1f} "
         f"without the image. TTFT is the time to the first token with `{results['method']}`, "
-        f"medians as a share of that with all tokens; this model is tiny, so little of "
+        f"medians of ratios to that with all tokens; this model is tiny, so little of "
         f"it is prefill. "
         f"{_source('docs/assets/results.json', results['machine'], 'make readme')}"
     )
@@ -305,13 +305,6 @@ def exemptions_region(results: dict[str, Any]) -> str:
 
 def _costs(row: dict[str, Any]) -> list[str]:
     return [str(row["tokens"]), f"{row['kv_bytes'] / 2**20:.2f}"]
-
-
-def _relative(results: dict[str, Any]) -> list[str]:
-    """TTFT as ratios: absolute times of a shared CPU say little."""
-    times = results["ttft"]
-    full = times[max(times, key=float)]
-    return ["TTFT, relative", *(f"{seconds / full:.2f}" for seconds in times.values())]
 
 
 def _source(path: str, machine: dict[str, Any], command: str) -> str:

@@ -300,6 +300,9 @@ def test_demo_writes_its_schema(demonstration):
     _check_accuracy(found["accuracy"])
     assert set(found["ttft"]) == set(found["accuracy"])
     assert all(isinstance(value, float) for value in found["ttft"].values())
+    assert found["ttft_ratio"]["1.0"] == 1
+    assert found["ttft_ratio"]["0.1"] > 0
+    assert found["machine"]["shape"] == "reference"
     assert found["tokens"] == {"1.0": 196, "0.1": 20}
     assert len(found["questions"]) == 3
     assert len({row["kind"] for row in found["questions"]}) == 3

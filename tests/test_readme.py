@@ -78,7 +78,7 @@ def test_tables_are_made_from_results():
     results = {
         "accuracy": {"1.0": {"random": estimate}, "0.1": {"random": estimate}},
         "tokens": {"1.0": 196, "0.1": 20},
-        "ttft": {"1.0": 0.02, "0.1": 0.01},
+        "ttft_ratio": {"1.0": 1.0, "0.1": 0.5},
         "n": 240,
         "blind": 0.25,
         "method": "vtc_cls",
@@ -93,14 +93,15 @@ def test_tables_are_made_from_results():
 def test_the_bench_table_is_made_from_results():
     costs = {"tokens": 576, "ttft": {"median": 0.5}, "kv_bytes": 2**20}
     row = {**costs, "method": "vtc_cls", "keep": 0.1, "speedup": 2.5, "floor_ratio": 1.01}
+    row["ideal_ratio"] = 1.02
     results = {
         "configs": [{**row, "baseline": costs}],
         "machine": _machine(),
         "protocol": {"repeats": 3},
     }
     region = script.bench_region(results)
-    assert "| unpatched |  | 576 | 1.00 |  |  |" in region
-    assert "| `vtc_cls` | 0.1 | 576 | 1.00 | 2.50 | 1.010 |" in region
+    assert "| unpatched |  | 576 | 1.00 |  |  |  |" in region
+    assert "| `vtc_cls` | 0.1 | 576 | 1.00 | 2.50 | 1.010 | 1.020 |" in region
 
 
 def test_the_import_table_is_made_from_results():
