@@ -13,13 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eval_harness import statistics
 from eval_harness.asking import FULL
 from eval_harness.comparison import RANDOM, ask_method, digest, source, subject, versions
 from eval_harness.comparison import Plan as Questions
-from eval_harness.paired import right_of
+from eval_harness.paired import estimated, right_of
 from eval_harness.replay import built
 from eval_harness.resume import Part, measured
 from eval_harness.schedules import spent
@@ -144,23 +141,18 @@ def study(
     right = {name: right_of(row["right"]) for name, row in asked.items()}
     full, blind = (right_of([bare[name]]) for name in ("full", "blind"))
     random = {n: right.get(f"{AGAINST} {asked[n]['wanted']}") for n in asked}
-    values = {("", "full"): full, ("", "blind"): blind}
+    values: dict[str, Any] = {"full": full, "blind": blind, "rows": {}}
     for name, row in right.items():
-        values[name, "accuracy"], values[name, "over_full"] = row, row - full
+        values["rows"][name] = {"accuracy": row, "over_full": row - full}
         other = random[name]
         if other is not None and not name.startswith(AGAINST):
-            values[name, "over_random"] = row - other
-    kinds, scenes = np.array(bare["kinds"]), np.array(bare["scenes"])
-    told = statistics.means_over_kinds(list(values.values()), kinds, scenes, seed=plan.seed)
-    estimates = {
-        key: [round(x, 4) for x in (e.mean, e.low, e.high)]
-        for key, e in zip(values, told, strict=True)
-    }
+            values["rows"][name]["over_random"] = row - other
+    told = estimated(bare, values, plan.seed)
 
     def row_of(name: str) -> dict[str, Any]:
         row = {k: v for k, v in found[name].items() if k != "right"}
-        kinds_of_value = ("accuracy", "over_full", "over_random")
-        return {"name": name, **row, **{k: estimates.get((name, k)) for k in kinds_of_value}}
+        unknown = dict.fromkeys(("accuracy", "over_full", "over_random"))
+        return {"name": name, **row, **unknown, **told["rows"].get(name, {})}
 
     return {
         "weights": digest(Path(weights) / "model.safetensors"),
@@ -170,8 +162,8 @@ def study(
         "questions": len(full),
         "images": len(set(bare["scenes"])),
         "tokens": bare["tokens"],
-        "full": estimates["", "full"],
-        "blind": estimates["", "blind"],
+        "full": told["full"],
+        "blind": told["blind"],
         "rows": [row_of(name) for name in specs],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class World:
             "over_random": self._table(lambda row, random: row - random),
             "over_full": self._table(lambda row, _: row - full),
         }
-        return {**sizes, **self._estimated(values)}
+        return {**sizes, **estimated(self.bare, values, self.seed)}
 
     def refused(self) -> list[dict[str, Any]]:
         """What the library refuses, and why."""
@@ -79,17 +79,24 @@ class World:
             return [right_of([self.bare["full"]])]  # all is kept, so nothing was run
         return [] if kept is None else [right_of(kept)]
 
-    def _estimated(self, values: dict[str, Any]) -> dict[str, Any]:
-        """[mean, low, high] in place of every array of a nested dict."""
-        kinds, scenes = np.array(self.bare["kinds"]), np.array(self.bare["scenes"])
-        found = statistics.means_over_kinds([*_leaves(values)], kinds, scenes, seed=self.seed)
-        estimates = iter([round(x, 4) for x in (e.mean, e.low, e.high)] for e in found)
 
-        def filled(value: Any) -> Any:
-            nested = isinstance(value, dict)
-            return {k: filled(v) for k, v in value.items()} if nested else next(estimates)
+def estimated(bare: Mapping[str, Any], values: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """[mean, low, high] in place of every array of a nested dict.
 
-        return {name: filled(value) for name, value in values.items()}
+    Args:
+        bare: `kinds` and `scenes` per question.
+        values: nested; [questions] each.
+        seed: of the bootstrap.
+    """
+    kinds, scenes = np.array(bare["kinds"]), np.array(bare["scenes"])
+    found = statistics.means_over_kinds([*_leaves(values)], kinds, scenes, seed=seed)
+    estimates = iter([round(x, 4) for x in (e.mean, e.low, e.high)] for e in found)
+
+    def filled(value: Any) -> Any:
+        nested = isinstance(value, dict)
+        return {k: filled(v) for k, v in value.items()} if nested else next(estimates)
+
+    return {name: filled(value) for name, value in values.items()}
 
 
 def _leaves(value: Any) -> Iterator[np.ndarray]:

@@ -87,11 +87,14 @@ def adaptive(
     from eval_harness.comparison import save
     from eval_harness.schedules import against_schedules, spent
     from eval_harness.tuning import tuned
+    from vlmcompress import hub
+    from vlmcompress.methods.decoder.base import LayerReducer
     from vlmcompress.reference.data import samples
     from vlmcompress.reference.study import digest
     from vlmcompress.reference.weights import WEIGHTS_DIR
 
-    methods = [_method(folder) for folder in words(adapters)]
+    kind: Any = LayerReducer
+    methods = [hub.learned(folder, kind) for folder in words(adapters)]
     model, processor = load(REFERENCE, device=device)
     held_out: Any = list(samples("validation", validation))
     asked: Any = samples("test", questions)
@@ -118,14 +121,6 @@ def adaptive(
     }
     save(results, out)
     emit(results, _adaptive_text(results), as_json)
-
-
-def _method(folder: str) -> Any:
-    from vlmcompress.hub.folder import read
-    from vlmcompress.methods import create
-
-    (stage,) = read(folder).located.stages
-    return create(stage.method, **stage.options)
 
 
 def _adaptive_text(results: dict[str, Any]) -> str:
