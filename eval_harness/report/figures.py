@@ -27,13 +27,13 @@ class Timed:
     Attributes:
         label: of the setting; empty for the model without compression.
         method: of the setting.
-        seconds: to the first token.
+        time: to the first token, over that with all tokens.
         score: accuracy, with its interval.
     """
 
     label: str
     method: str
-    seconds: float
+    time: float
     score: Mapping[str, float]
 
 
@@ -70,17 +70,17 @@ def timed(run: Run, task: str, bench: Bench) -> list[Timed]:
     """Every setting of a task whose time a bench measured; the full model first."""
     found = []
     for row in run.rows(task):
-        seconds = bench.ttft(row["method"], row["keep"])
-        if seconds is not None and row["method"] != BLIND:
+        time = bench.ttft(row["method"], row["keep"])
+        if time is not None and row["method"] != BLIND:
             name = "" if row["method"] == FULL else label(row["method"], row["keep"])
-            found.append(Timed(name, row["method"], seconds, row["score"]))
+            found.append(Timed(name, row["method"], time, row["score"]))
     return found
 
 
 def front(points: Iterable[Timed]) -> list[Timed]:
     """The points that no other is at least as fast and as accurate as, fastest first."""
     best: list[Timed] = []
-    for point in sorted(points, key=lambda p: (p.seconds, -p.score["mean"])):
+    for point in sorted(points, key=lambda p: (p.time, -p.score["mean"])):
         if not best or point.score["mean"] > best[-1].score["mean"]:
             best.append(point)
     return best
@@ -104,7 +104,7 @@ def accuracy_against_time(points: Sequence[Timed], name: str) -> str:
             )
             style = {"color": color, "fmt": "o"}
         axes.errorbar(
-            1000 * point.seconds,
+            point.time,
             mean,
             yerr=[[mean - low], [high - mean]],
             markersize=5,
@@ -114,7 +114,7 @@ def accuracy_against_time(points: Sequence[Timed], name: str) -> str:
         )
     steps = front(points)
     axes.step(
-        [1000 * point.seconds for point in steps],
+        [point.time for point in steps],
         [point.score["mean"] for point in steps],
         where="post",
         color="black",
@@ -122,7 +122,7 @@ def accuracy_against_time(points: Sequence[Timed], name: str) -> str:
         zorder=0,
         label="Pareto front",
     )
-    axes.set(xlabel="time to the first token, ms", ylabel="accuracy")
+    axes.set(xlabel="time to the first token, relative to all tokens", ylabel="accuracy")
     axes.yaxis.set_major_formatter(_percent())
     return _svg(figure, axes, f"time {name}")
 
@@ -134,13 +134,29 @@ def tokens_per_layer(lines: Sequence[tuple[str, Sequence[float]]]) -> str:
         lines: (what, tokens by layer).
     """
     figure, axes = _axes()
-    for what, tokens in lines:
+    for what, tokens in _together(lines):
         style = {"color": _GREYED} if what.endswith(": all tokens") else {}
         # The last value is drawn twice: a step as wide as the others.
         axes.step(range(len(tokens) + 1), [*tokens, tokens[-1]], where="post", label=what, **style)
     axes.set(xlabel="layer of the language model", ylabel="visual tokens", ylim=(0, None))
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
     return _svg(figure, axes, "layers")
+
+
+def _together(lines: Sequence[tuple[str, Sequence[float]]]) -> list[tuple[str, Sequence[float]]]:
+    """Settings with the same tokens in every layer as one line, which names them all."""
+    found: dict[tuple[float, ...], list[str]] = {}
+    for what, tokens in lines:
+        found.setdefault(tuple(tokens), []).append(what)
+    return [(_enumerated(names), tokens) for tokens, names in found.items()]
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The names, with what all begin with said once."""
+    subjects = {name.partition(": ")[0] for name in names}
+    if len(names) == 1 or len(subjects) > 1:
+        return ", ".join(names)
+    return f"{subjects.pop()}: {', '.join(name.partition(': ')[2] for name in names)}"
 
 
 def _by_method(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, ...]]]:

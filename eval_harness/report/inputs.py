@@ -54,23 +54,20 @@ class Bench:
         return f"{machine['shape']} in {machine['dtype']}"
 
     def ttft(self, method: str, keep: Any) -> float | None:
-        """Seconds to the first token: from the picture where that was measured.
+        """Time to the first token over the unpatched model's in the same rounds.
+
+        From the picture where the processor was timed too. None for what was not measured.
 
         Args:
             method: `FULL` for the unpatched model.
             keep: None for methods that say it themselves.
         """
+        if method == FULL:
+            return 1.0
         for row in self.results["configs"]:
-            same = keep is None or str(row["keep"]) == str(keep)
-            if method == FULL:
-                return _ttft(row["baseline"])
-            if row["method"] == method and same:
-                return _ttft(row)
+            if row["method"] == method and (keep is None or str(row["keep"]) == str(keep)):
+                return 1 / float(row.get("speedup_from_image") or row["speedup"])
         return None
-
-
-def _ttft(row: Mapping[str, Any]) -> float:
-    return float((row.get("ttft_from_image") or row["ttft"])["median"])
 
 
 @dataclass(frozen=True)
