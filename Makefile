@@ -120,9 +120,9 @@ test-wheel:  ## the wheel in dist/ runs where it is installed alone
 # Ten minutes on two cores; needs Chromium.
 report-picture: $(STAMP)  ## the report of a small sweep, as the README shows it
 	$(BIN)/vlmcompress eval run --out build/report/sweep --tasks reference --methods "vtc_cls;divprune;uniform" --keeps 0.25,0.1,0.05,0.02 --limit 320
-	$(BIN)/vlmcompress bench --methods vtc_cls,divprune,uniform --keeps 0.25,0.1,0.05,0.02 --new-tokens 0 --repeats 5 --out build/report/bench.json > /dev/null
+	$(BIN)/vlmcompress bench --methods vtc_cls,divprune,uniform --keeps 0.25,0.1,0.05,0.02 --new-tokens 0 --repeats 5 --clock cpu --out build/report/bench.json > /dev/null
 	$(BIN)/vlmcompress report build/report/sweep build/report/bench.json --out build/report/report.html
-	chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --window-size=1100,1500 --screenshot=docs/assets/report.png build/report/report.html
+	chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --window-size=1100,1090 --screenshot=docs/assets/report.png build/report/report.html
 
 import-time: $(STAMP)  ## import times beside those of transformers
 	mkdir -p $(RESULTS)
