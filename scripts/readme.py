@@ -16,6 +16,7 @@ from typing import Any
 from eval_harness import layerwise_tables, pareto_tables, tables
 from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from eval_harness.retrieval import rows as retrieval_rows
+from eval_harness.tune import tables as tune_tables
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
 from vlmcompress.reference.card import card, markdown, report, worlds_table
@@ -30,6 +31,8 @@ METHODS = RESULTS / "methods.json"
 SCHEDULES = RESULTS / "schedules.json"
 ADAPTIVE = RESULTS / "adaptive.json"
 LAYER_TIMES = RESULTS / "layer_times.json"
+TUNED = RESULTS / "tune" / "tune.json"
+_TRIED = 10  # pipelines of a search that are shown
 _CLOCKS = ("wall", "cpu")
 _SCHEDULES = "make schedules-results"
 
@@ -272,6 +275,24 @@ def layer_times_region(results: dict[str, Any]) -> str:
     )
 
 
+def tune_region(results: dict[str, Any]) -> str:
+    """What `tune` chose for the reference model, and where it comes from."""
+    machine, goal, asked = results["machine"], results["goal"], results["asked"]
+    source = _source("../eval_harness/results/tune/tune.json", machine, "make tune-results")
+    chosen = "nothing" if results["status"] != "chosen" else f"`{results['pipeline']}`"
+    final, tried = (
+        markdown(header, [[f"`{row[0]}`", *row[1:]] for row in rows])
+        for header, rows in (tune_tables.finalists(results), tune_tables.cheapest(results, _TRIED))
+    )
+    return (
+        f"{goal['text'].capitalize()}, wrongly with a probability of {100 * goal['alpha']:g} % at "
+        f"most: {chosen}. The finalists, on images that the search did not see:\n\n{final}\n\n"
+        f"What the search saw of the cheapest:\n\n{tried}\n\n"
+        f"Costs are shares of the full model's. {asked['questions']} questions were asked; all "
+        f"pipelines on all of them would have been {asked['exhaustive']}. {source}"
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -326,6 +347,7 @@ REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
     ("docs/results.md", "schedules", SCHEDULES, schedules_region),
     ("docs/results.md", "adaptive", ADAPTIVE, adaptive_region),
     ("docs/results.md", "layer_times", LAYER_TIMES, layer_times_region),
+    ("docs/tuning.md", "tune", TUNED, tune_region),
     ("docs/reference-model.md", "reference", ASSETS / "reference_eval.json", reference_region),
     ("docs/exactness.md", "matrix", ASSETS / "matrix.json", matrix_region),
     ("docs/exactness.md", "exemptions", ASSETS / "matrix.json", exemptions_region),

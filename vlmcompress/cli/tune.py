@@ -138,33 +138,13 @@ def _shown(work: Any) -> Any:
 
 def text(results: dict[str, Any], folder: Path) -> str:
     """The choice, its evidence and the pipelines that were cheapest, for a reader."""
-    header = ["pipeline", "cost", "kept %", "at least %", "p", "images"]
-    rows = [
-        [
-            row["pipeline"],
-            f"{row['cost']:.3f}",
-            "-" if row["kept"] is None else f"{100 * row['kept']:.1f}",
-            f"{100 * row['kept_at_least']:.1f}",
-            f"{row['p']:.2g}",
-            str(row["images"]),
-        ]
-        for row in results["finalists"]
-    ]
+    from eval_harness.tune import tables
+
     parts = [_verdict(results, folder)]
+    header, rows = tables.finalists(results)
     if rows:
         parts.append(f"Tested on samples that the search did not see:\n\n{table(header, rows)}")
-    decided = [
-        [
-            row["pipeline"],
-            "-" if row["cost"] is None else f"{row['cost']:.3f}",
-            str(row["images"]),
-            "-" if row["kept"] is None else f"{100 * row['kept']:.1f}",
-            row["decision"],
-        ]
-        for row in results["space"][:_SHOWN]
-    ]
-    header = ["cheapest pipelines", "cost", "images", "kept %", "decision"]
-    parts.append(table(header, decided))
+    parts.append(table(*tables.cheapest(results, _SHOWN)))
     asked = results["asked"]
     parts.append(
         f"{asked['questions']} questions were asked; all pipelines on all samples would have been "
