@@ -150,7 +150,7 @@ def diagnose(model: PreTrainedModel | PreTrainedConfig | Any) -> Diagnosis:
             "or its config."
         )
     try:
-        skeleton = _skeleton(config)
+        skeleton = skeleton(config)
         return _examine(skeleton, family_of(skeleton))
     except UnsupportedModelError as error:
         return Diagnosis(model_type, reason=str(error))
@@ -175,7 +175,7 @@ def config_of(name: str) -> PreTrainedConfig:
         raise UnsupportedModelError(f"No configuration found for {name!r}: {error}") from error
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device."""
     import torch
     from transformers import AutoModelForImageTextToText

@@ -1,0 +1,1 @@
+"""Other projects that vlmcompress plugs into, one package each; imported by them alone."""

@@ -1,0 +1,127 @@
+"""LLaVA-1.5 and LLaVA-NeXT with short images, in vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import llava, llava_next
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vlmcompress.integrations.vllm.evidence import pick_views
+from vlmcompress.integrations.vllm.parts import TOWER_NAMES, HashedProcessor, reader
+from vlmcompress.integrations.vllm.registry import serving_of
+
+
+class LlavaInfo(llava.LlavaProcessingInfo):
+    """Counts what the method leaves."""
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Placeholders of an image."""
+        n = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+        serving = serving_of(self.ctx.model_config)
+        return n if serving is None else serving.tokens_kept(serving.layout(n))
+
+
+class LlavaNextInfo(llava_next.LlavaNextProcessingInfo):
+    """Counts what the method leaves of all views."""
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Placeholders of an image."""
+        n = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+        serving = serving_of(self.ctx.model_config)
+        if serving is None:
+            return n
+        return serving.tokens_kept(serving.layout(n, image_sizes=(image_height, image_width)))
+
+    def get_image_size_with_most_features(self) -> Any:
+        """The size that gives the tower most to do, whatever is left of it."""
+        return llava_next.LlavaNextProcessingInfo(self.ctx).get_image_size_with_most_features()
+
+
+class LlavaProcessor(HashedProcessor, llava.LlavaMultiModalProcessor):
+    """The engine's, with hashes that know the method."""
+
+
+class LlavaNextProcessor(HashedProcessor, llava_next.LlavaNextMultiModalProcessor):
+    """The engine's, with hashes that know the method."""
+
+
+def _info(ctx: Any) -> Any:
+    """The engine's own for Pixtral towers, which are served as they are."""
+    found = llava._build_llava_or_pixtral_hf_info(ctx)
+    return LlavaInfo(ctx) if type(found) is llava.LlavaProcessingInfo else found
+
+
+def _processor(info: Any, dummy_inputs: Any) -> Any:
+    if isinstance(info, LlavaInfo):
+        return LlavaProcessor(info, dummy_inputs)
+    return llava._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _processor, info=_info, dummy_inputs=llava.LlavaDummyInputsBuilder
+)
+class CompressedLlava(llava.LlavaForConditionalGeneration):
+    """LLaVA-1.5: rows are selected before the connector, or behind it, as by `patch`."""
+
+    hf_to_vllm_mapper = TOWER_NAMES | llava.LlavaForConditionalGeneration.hf_to_vllm_mapper
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        """Build the engine's model and put hooks in front of the attention that is looked at."""
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.serving = serving_of(vllm_config.model_config)
+        self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        serving = self.serving
+        if serving is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        session = serving.session()
+        if self.reader is not None:
+            self.reader.start(session)
+        features = self._process_image_pixels(image_input)
+        if serving.before_connector:
+            kept = serving.compress(list(features), {}, session)
+            return list(self.multi_modal_projector(torch.stack(kept)))
+        return serving.compress(list(self.multi_modal_projector(features)), {}, session)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
+)
+class CompressedLlavaNext(llava_next.LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT: rows are selected where the views of an image have been put together."""
+
+    hf_to_vllm_mapper = TOWER_NAMES | llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        """Build the engine's model and put hooks in front of the attention that is looked at."""
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.serving = serving_of(vllm_config.model_config)
+        self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        serving = self.serving
+        if serving is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        session = serving.session()
+        if self.reader is not None:
+            self.reader.start(session)
+        units = super()._process_image_input(image_input)
+        sizes = torch.as_tensor(image_input["image_sizes"])
+        given = [len(pixels) for pixels in image_input["pixel_values"]]
+        pick_views(session, _real(given, serving.views(sizes)))
+        return serving.compress(units, {"image_sizes": sizes}, session)
+
+
+def _real(given: list[int], views: list[int]) -> Tensor:
+    """Numbers of the views of every image that are no filling.
+
+    Args:
+        given: views of each image, as they came.
+        views: how many of them are real; the others come last.
+    """
+    rows = torch.arange(sum(given)).split(given)
+    return torch.cat([of_image[:n] for of_image, n in zip(rows, views, strict=True)])
