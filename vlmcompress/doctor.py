@@ -150,8 +150,8 @@ def diagnose(model: PreTrainedModel | PreTrainedConfig | Any) -> Diagnosis:
             "or its config."
         )
     try:
-        skeleton = skeleton(config)
-        return _examine(skeleton, family_of(skeleton))
+        built = skeleton(config)
+        return _examine(built, family_of(built))
     except UnsupportedModelError as error:
         return Diagnosis(model_type, reason=str(error))
 

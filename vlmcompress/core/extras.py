@@ -21,7 +21,6 @@ EXTRA_OF = {
     "scipy": "eval",
     "timm": "timm",
     "vector_quantize_pytorch": "vq",
-    "vllm": "vllm",
     "yaml": "eval",
 }
 """Import name of each package that the library may do without, and the extra that brings it."""

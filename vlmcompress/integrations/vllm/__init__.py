@@ -13,11 +13,11 @@ from __future__ import annotations
 
 def register() -> None:
     """The entry point `vllm.general_plugins`, called in every process of the engine."""
-    from vlmcompress.core.extras import require
+    from vllm import ModelRegistry
 
-    from .registry import attach
+    from vlmcompress.integrations.vllm.registry import attach
 
-    attach(require("vllm").ModelRegistry)
+    attach(ModelRegistry)
 
 
 __all__ = ["register"]

@@ -10,7 +10,12 @@ from vllm.model_executor.models import llava, llava_next
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmcompress.integrations.vllm.evidence import pick_views
-from vlmcompress.integrations.vllm.parts import TOWER_NAMES, HashedProcessor, reader
+from vlmcompress.integrations.vllm.parts import (
+    TOWER_NAMES,
+    HashedProcessor,
+    reader,
+    served_by,
+)
 from vlmcompress.integrations.vllm.registry import serving_of
 
 
@@ -71,7 +76,7 @@ class CompressedLlava(llava.LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         """Build the engine's model and put hooks in front of the attention that is looked at."""
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.serving = serving_of(vllm_config.model_config)
+        self.serving = served_by(vllm_config)
         self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
 
     def _process_image_input(self, image_input: Any) -> Any:
@@ -87,6 +92,18 @@ class CompressedLlava(llava.LlavaForConditionalGeneration):
             return list(self.multi_modal_projector(torch.stack(kept)))
         return serving.compress(list(self.multi_modal_projector(features)), {}, session)
 
+    def get_mm_lora_token_counts(
+        self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int
+    ) -> tuple[int, int | None]:
+        """Rows that LoRA in tower and connector meets, which are more than come out."""
+        if self.serving is None or not mm_kwargs or "pixel_values" not in mm_kwargs:
+            return super().get_mm_lora_token_counts(
+                modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
+            )
+        vision = self.config.vision_config
+        n = (vision.image_size // vision.patch_size) ** 2 + int(self.serving.has_cls)
+        return n, num_mm_embeds if self.serving.before_connector else n - int(self.serving.has_cls)
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
@@ -99,7 +116,7 @@ class CompressedLlavaNext(llava_next.LlavaNextForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         """Build the engine's model and put hooks in front of the attention that is looked at."""
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.serving = serving_of(vllm_config.model_config)
+        self.serving = served_by(vllm_config)
         self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
 
     def _process_image_input(self, image_input: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.utils import WeightsMapper
 
+from vlmcompress.core.errors import ConfigError
 from vlmcompress.integrations.vllm.evidence import TowerReader
 from vlmcompress.integrations.vllm.registry import serving_of
 from vlmcompress.integrations.vllm.serving import Serving, layers_of
@@ -35,6 +36,23 @@ class HashedProcessor:
             told = {**inputs.hf_processor_mm_kwargs, KEY: serving.fingerprint}
             inputs = replace(inputs, hf_processor_mm_kwargs=told)
         return super()._get_mm_hashes(inputs)  # type: ignore[misc]
+
+
+def served_by(vllm_config: Any) -> Serving | None:
+    """What a model is served with.
+
+    Raises:
+        ConfigError: where the engine would run the tower as a recorded graph, past the selection.
+    """
+    serving = serving_of(vllm_config.model_config)
+    if serving is not None and getattr(
+        vllm_config.compilation_config, "cudagraph_mm_encoder", False
+    ):
+        raise ConfigError(
+            "cudagraph_mm_encoder runs the vision tower as a recorded graph, past which nothing is "
+            "compressed; leave it off in --compilation-config."
+        )
+    return serving
 
 
 def reader(serving: Serving, tower: nn.Module) -> TowerReader | None:

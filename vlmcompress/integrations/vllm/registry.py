@@ -20,6 +20,7 @@ from vlmcompress.integrations.vllm.settings import KEY, Settings
 SERVED = {
     "LlavaForConditionalGeneration": "vlmcompress.integrations.vllm.llava:CompressedLlava",
     "LlavaNextForConditionalGeneration": "vlmcompress.integrations.vllm.llava:CompressedLlavaNext",
+    "Qwen2VLForConditionalGeneration": "vlmcompress.integrations.vllm.qwen2_vl:CompressedQwen2VL",
 }
 #: Versions that `make test-vllm` has passed with; eval_harness/results/vllm.json is of the last.
 TESTED_VERSIONS = ("0.32.0",)

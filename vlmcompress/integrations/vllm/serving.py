@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmcompress.core.config import CONFIG_NAME
 from vlmcompress.core.errors import ConfigError, UnsupportedInputError
 from vlmcompress.core.keep import AutoKeep
 from vlmcompress.core.tokens import VisualTokens
 from vlmcompress.doctor import skeleton
 from vlmcompress.families import family_of
 from vlmcompress.families.base import Layout
+from vlmcompress.families.towers import Tower
 from vlmcompress.integrations.vllm.settings import Settings
 from vlmcompress.live import positions
 from vlmcompress.live.captured import Captured
@@ -82,14 +84,44 @@ class Serving:
         self.stage = servable(built)
         refuse_untrained(built)
         check_evidence(self._family, self._base, built)
-        self.positions = positions.resolve(built.config.positions, self._family)
+        self._check_positions(settings)
         tower = self._family.tower(self._base)
+        self._check_readable(tower)
         layers = () if tower is None else tower.layers(self._family.tower_module(self._base))
         self.has_cls, self._depth = tower is not None and tower.has_cls, len(layers)
         self.resolved = Resolved.of(built.needs(), self._depth)
         self.fingerprint = json.dumps(built.config.to_dict(), sort_keys=True)
         self.tokens_kept = cache(lambda layout: tokens_kept(self.stage, layout))
         self._single = lru_cache(4096)(self._layout)
+
+    def _check_positions(self, settings: Settings) -> None:
+        """Refuse what was trained or measured with places that an engine does not give.
+
+        Raises:
+            ConfigError: for a file that leaves M-RoPE's positions to `patch`.
+        """
+        given = settings.method
+        if isinstance(given, str) or given is None:
+            return
+        if positions.resolve(given.positions, self._family) == "original":
+            raise ConfigError(
+                f"{CONFIG_NAME} has positions={given.positions!r}, which means original places for "
+                f"{self._family.model_type}, and {_ONE_BY_ONE}; save the adapter with "
+                "positions='contiguous', for which it should have been trained too."
+            )
+
+    def _check_readable(self, tower: Tower | None) -> None:
+        """Refuse methods that look at a tower which only `patch` can read.
+
+        Raises:
+            ConfigError: for towers other than CLIP's and SigLIP's.
+        """
+        if self.stage.needs().attention and type(tower) is not Tower:
+            raise ConfigError(
+                f"{self.stage.method.name} looks at the attention of the vision tower, which is "
+                f"not read inside an engine in {self._family.model_type} models; use 'divprune', "
+                "'uniform', 'pool', 'vqtoken' or 'tome(metric=\"features\")'."
+            )
 
     @property
     def before_connector(self) -> bool:
@@ -201,12 +233,13 @@ def servable(built: Pipeline) -> Stage:
     (stage,) = built.stages
     reason = _why_not(stage)
     if reason is None and built.config.positions == "original":
-        reason = "engines number the tokens of a prompt one by one (positions='contiguous')"
+        reason = f"{_ONE_BY_ONE} (positions='contiguous')"
     if reason is not None:
         raise ConfigError(f"{names!r} cannot be served: {reason}. {_REMEDY}")
     return stage
 
 
+_ONE_BY_ONE = "engines number what is left of a prompt one by one"
 _REMEDY = (
     f"Tested methods are {', '.join(TESTED_METHODS)}; others run inside transformers, with "
     "vlmcompress.patch."

@@ -1,0 +1,79 @@
+"""What transformers answers, with the margin of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval_harness.served.asking import Prompt
+from vlmcompress import patch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A greedy answer of the patched model.
+
+    Attributes:
+        tokens: ids of the answer.
+        margins: between the two best logits of each step.
+        prompt_tokens: of the prompt that the language model has seen.
+        full_tokens: of the caller's prompt.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+    prompt_tokens: int
+    full_tokens: int
+
+    def close_until(self, limit: float) -> int:
+        """Steps before the first whose two best logits are closer than `limit`."""
+        return next((i for i, gap in enumerate(self.margins) if gap < limit), len(self.margins))
+
+
+def answers(
+    folder: Path, prompts: Sequence[Prompt], spec: str | None, new_tokens: int
+) -> list[Expected]:
+    """Answers of a model in float32, prompt by prompt, none of them ended early.
+
+    Args:
+        folder: of the model.
+        prompts: asked.
+        spec: method and budget; None for the unpatched model.
+        new_tokens: at most, in each answer.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    processor = AutoProcessor.from_pretrained(folder)
+    handle = None if spec is None else patch(model, spec, positions="contiguous")
+    return [_answer(model, processor, handle, prompt, new_tokens) for prompt in prompts]
+
+
+@torch.no_grad()
+def _answer(model: Any, processor: Any, handle: Any, prompt: Prompt, new_tokens: int) -> Expected:
+    parts = [{"type": "image"} for _ in prompt.images]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt.question}]}
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    images = list(prompt.images) or None
+    inputs = processor(text=text, images=images, return_tensors="pt")
+    made = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.stack(made.logits)[:, 0].topk(2).values
+    full = inputs["input_ids"].shape[1]
+    seen = full if handle is None or not prompt.images else handle.last.short_length
+    return Expected(
+        tuple(made.sequences[0, full:].tolist()),
+        tuple((best[:, 0] - best[:, 1]).tolist()),
+        seen,
+        full,
+    )

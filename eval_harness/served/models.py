@@ -1,0 +1,163 @@
+"""Models that the engine is tested with, made of the reference model's weights.
+
+Towers are saved under the names that the engine's own classes expect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmcompress.reference.scenes import PATCH, SIDE
+from vlmcompress.reference.tokenizer import CHAT_TEMPLATE, EOS, PAD, build_tokenizer
+from vlmcompress.reference.weights import WEIGHTS_DIR, load
+
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+_FILE = "model.safetensors"
+_QWEN_TOKENS = (_START, _END, _IMAGE, _) = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def llava(folder: Path) -> Path:
+    """The reference model: LLaVA-1.5's architecture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in WEIGHTS_DIR.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
+    shutil.copyfile(WEIGHTS_DIR / _FILE, folder / _FILE)
+    _rename(folder / _FILE)
+    return folder
+
+
+def llava_next(folder: Path) -> Path:
+    """LLaVA-NeXT's architecture: images in up to five views, and a drawn newline row."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_llava_next import (
+        LlavaNextImageProcessor,
+    )
+
+    small, processor = load()
+    config = LlavaNextConfig(
+        vision_config=small.config.vision_config,
+        text_config=small.config.text_config,
+        image_token_index=small.config.image_token_index,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=small.config.vision_feature_layer,
+        vision_feature_select_strategy=small.config.vision_feature_select_strategy,
+        tie_word_embeddings=True,
+    )
+    model: Any = LlavaNextForConditionalGeneration(config)
+    missing, unexpected = model.load_state_dict(small.state_dict(), strict=False)
+    assert not unexpected
+    assert missing == ["model.image_newline"], missing
+    draw = torch.Generator().manual_seed(0)
+    model.model.image_newline.data.normal_(0, 1, generator=draw)
+    model.generation_config = small.generation_config
+    model.save_pretrained(folder)
+    images = LlavaNextImageProcessor(
+        do_center_crop=False,
+        size={"height": SIDE, "width": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=processor.tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    _rename(folder / _FILE)
+    return folder
+
+
+def qwen2_vl(folder: Path) -> Path:
+    """Qwen2-VL's architecture with drawn weights, small."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLProcessor,
+    )
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    known = build_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=known.backend_tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left"
+    )
+    tokenizer.add_tokens(list(_QWEN_TOKENS), special_tokens=True)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(_QWEN_TOKENS))
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 3,
+            "embed_dim": 128,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    # The usual start gives logits that rounding can reorder.
+    model.lm_head.weight.data.mul_(50)
+    model.save_pretrained(folder)
+    sizes = {"min_pixels": 56 * 56, "max_pixels": 448 * 448}
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        video_processor=Qwen2VLVideoProcessor(**sizes),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE.replace("<image>", "".join((_START, _IMAGE, _END))),
+    ).save_pretrained(folder)
+    return folder
+
+
+def told(folder: Path, config: dict[str, Any]) -> None:
+    """Put a `vlmcompress_config.json` beside a model."""
+    (folder / "vlmcompress_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _rename(file: Path) -> None:
+    """Give the tower's weights the names of an engine's tower."""
+    within = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")
+    named = {within.sub(r"\1vision_model.", k): v for k, v in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
+MODELS = {"llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl}
