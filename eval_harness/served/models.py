@@ -5,9 +5,9 @@ Towers are saved under the names that the engine's own classes expect.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,20 @@ from vlmcompress.reference.weights import WEIGHTS_DIR, load
 
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 _FILE = "model.safetensors"
+_WIDE_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+_WIDE_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+}
 _QWEN_TOKENS = (_START, _END, _IMAGE, _) = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -98,7 +112,8 @@ def qwen2_vl(folder: Path) -> Path:
         tokenizer_object=known.backend_tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left"
     )
     tokenizer.add_tokens(list(_QWEN_TOKENS), special_tokens=True)
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(_QWEN_TOKENS))
+    vocabulary = tokenizer.get_vocab()
+    start, end, image, video = (vocabulary[each] for each in _QWEN_TOKENS)
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -148,9 +163,27 @@ def qwen2_vl(folder: Path) -> Path:
     return folder
 
 
-def told(folder: Path, config: dict[str, Any]) -> None:
-    """Put a `vlmcompress_config.json` beside a model."""
-    (folder / "vlmcompress_config.json").write_text(json.dumps(config), encoding="utf-8")
+def wide(folder: Path) -> Path:
+    """LLaVA-1.5's architecture with drawn weights, large enough that the prompt is what costs.
+
+    CLIP ViT-B/16's tower with 196 tokens and a language model of 0.1 billion parameters; tokenizer
+    and processor are the reference model's.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    _, processor = load()
+    config = LlavaConfig.from_pretrained(WEIGHTS_DIR)
+    for name, value in _WIDE_TOWER.items():
+        setattr(config.vision_config, name, value)
+    for name, value in _WIDE_TEXT.items():
+        setattr(config.text_config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlavaForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    _rename(folder / _FILE)
+    return folder
 
 
 def _rename(file: Path) -> None:
@@ -160,4 +193,14 @@ def _rename(file: Path) -> None:
     save_file(named, file, metadata={"format": "pt"})
 
 
-MODELS = {"llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "qwen2_vl": qwen2_vl,
+}
+
+#: What is measured under load, and in which precision.
+LOADED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "llava": (llava, "float32"),
+    "wide": (wide, "bfloat16"),
+}

@@ -1,1 +1,4 @@
-"""Other projects that vlmcompress plugs into, one package each; imported by them alone."""
+"""Plug-ins for other packages, which find them by their entry points.
+
+Each imports the package that it plugs into only when that package asks for it.
+"""

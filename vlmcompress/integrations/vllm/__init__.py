@@ -1,7 +1,8 @@
-"""Compressed images in vLLM: a plugin that the engine loads by itself once both are installed.
+r"""Compressed images in vLLM: a plugin that the engine loads by itself once both are installed.
 
 ```sh
-vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"vlmcompress": {"method": "vtc_cls", "keep": 0.1}}'
+vllm serve llava-hf/llava-1.5-7b-hf \
+    --hf-overrides '{"vlmcompress": {"method": "vtc_cls", "keep": 0.1}}'
 ```
 
 A model folder with a `vlmcompress_config.json`, as `vlmcompress.hub.merge` writes it, needs no

@@ -1,7 +1,8 @@
 """Qwen2-VL with short images, in vLLM.
 
-What is left of an image is numbered like text, on all three axes of M-RoPE: `positions="contiguous"`
-of `patch`. Images that keep all their tokens, and videos, keep their places on the grid.
+What is left of an image is numbered like text, on all three axes of M-RoPE, as by
+`patch(..., positions="contiguous")`. Images that keep all their tokens, and videos, keep their
+places on the grid.
 """
 
 from __future__ import annotations
