@@ -16,6 +16,7 @@ from typing import Any
 from eval_harness import layerwise_tables, pareto_tables, tables
 from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from eval_harness.retrieval import rows as retrieval_rows
+from eval_harness.served import tables as served_tables
 from eval_harness.tune import tables as tune_tables
 from vlmcompress.demo import accuracy_rows, cost_rows
 from vlmcompress.doctor import families_table
@@ -293,6 +294,35 @@ def tune_region(results: dict[str, Any]) -> str:
     )
 
 
+def engine_region(results: dict[str, Any]) -> str:
+    """How answers of a real engine compare with those of transformers."""
+    plan = results["plan"]
+    return (
+        f"{markdown(*served_tables.equality(results))}\n\n"
+        f"Greedy answers of {plan['new_tokens']} tokens in float32 on both sides. Every answer is "
+        f"equal up to the first step whose two best logits differ by less than {plan['close']:g}, "
+        "and every prompt has the same number of tokens. "
+        f"From [eval_harness/results/vllm.json](../eval_harness/results/vllm.json) "
+        f"(`make test-vllm`): commit {results['machine']['commit'] or 'unknown'}, "
+        f"{served_tables.versions(results)}."
+    )
+
+
+def load_region(results: dict[str, Any]) -> str:
+    """An engine's throughput with and without compression."""
+    plan, machine = results["plan"], results["machine"]
+    return (
+        f"{markdown(*served_tables.load(results))}\n\n"
+        f"Answers of {plan['new_tokens']} tokens to questions about pictures that are all "
+        f"different; medians over {plan['rounds']} servers of each kind, in turns. TTFT: time to "
+        "the first token. TPOT: time per token after it. Ratios are to whole images at the same "
+        "concurrency. "
+        "From [eval_harness/results/serving.json](../eval_harness/results/serving.json) "
+        f"(`make serve-results`): commit {machine['commit'] or 'unknown'}, "
+        f"{served_tables.versions(results)}, {machine['cpu']}, {machine['cores']} cores."
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -354,6 +384,8 @@ REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
     ("docs/benchmarking.md", "pareto", ASSETS / "pareto.json", pareto_region),
     ("docs/benchmarking.md", "imports", ASSETS / "import_time.json", import_region),
     ("docs/benchmarking.md", "selection", ASSETS / "selection.json", selection_region),
+    ("docs/serving.md", "engine", RESULTS / "vllm.json", engine_region),
+    ("docs/serving.md", "load", RESULTS / "serving.json", load_region),
     ("docs/bare-towers.md", "retrieval", ASSETS / "retrieval.json", retrieval_region),
 )
 

@@ -17,7 +17,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 HOOKS_ALLOWED = {
     "eval_harness/stages.py": "marks when parts begin and end, inside one `with`",
     "eval_harness/replay.py": "the tower returns its recorded output, inside one `with`",
-    "vlmcompress/integrations/vllm/evidence.py": "an engine's tower is no model that can be patched",
+    "vlmcompress/integrations/vllm/evidence.py": "an engine's tower cannot be patched",
     "eval_harness/towers.py": "what blocks are called with, noted in one pass and taken off again",
 }
 LONGEST = 400  # lines

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,15 @@ from openai import BadRequestError
 from eval_harness import machine
 from eval_harness.served import asking, expected, refusals
 from eval_harness.served.asking import Answer, Prompt
+from eval_harness.served.cases import CASES, KEEP, Case, prepare
 from eval_harness.served.expected import Expected
-from eval_harness.served.models import MODELS
 from eval_harness.served.server import Server
 from vlmcompress.core.errors import VLMCompressError
 from vlmcompress.integrations.vllm.registry import engine_version
-from vlmcompress.integrations.vllm.serving import TESTED_METHODS
 from vlmcompress.reference.data import samples
 from vlmcompress.reference.study import digest
 from vlmcompress.reference.weights import WEIGHTS_DIR
 
-KEEP = 0.1
 NEW_TOKENS = 8
 AT_ONCE = 8
 #: Best logits that are closer than this may change places by rounding.
@@ -44,34 +41,12 @@ class MismatchError(VLMCompressError, AssertionError):
     """An engine does not answer as transformers does."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One server: a model of `MODELS` under one method, or under none."""
-
-    model: str
-    method: str
-
-    @property
-    def spec(self) -> str:
-        """Method and budget."""
-        return f"{self.method}:{KEEP}"
-
-
-#: Towers without [CLS], and towers whose attention only `patch` reads, have fewer methods.
-_OF_FEATURES = ("uniform", "pool", "divprune", "tome(metric='features')", "vqtoken")
-CASES = tuple(
-    Case(model, method)
-    for model in MODELS
-    for method in (_OF_FEATURES if model == "qwen2_vl" else TESTED_METHODS)
-)
-
-
 def prompts(model: str, n: int) -> list[Prompt]:
     """Questions about single pictures; of several sizes where the model cuts pictures up."""
     made = []
     for i, sample in enumerate(samples("test", n)):
         image = sample.image
-        if model != "llava":
+        if model in ("llava_next", "qwen2_vl"):
             image = image.resize(_SIZES[i % len(_SIZES)])
         made.append(Prompt(sample.question, (image,)))
     return made
@@ -113,23 +88,23 @@ def compare(wanted: Sequence[Expected], got: Sequence[Answer]) -> dict[str, int]
     return {"prompts": len(wanted), "equal": equal}
 
 
-def run(case: Case, folder: Path, work: Path, n: int) -> dict[str, Any]:
+def run(case: Case, work: Path, n: int) -> dict[str, Any]:
     """One case from start to stop.
 
     Args:
         case: model and method.
-        folder: of the model.
-        work: for the server's log.
+        work: for models and the server's log.
         n: questions about single pictures.
     """
+    setup = prepare(case, work)
     asked, more = prompts(case.model, n), others(case.model)
-    wanted = expected.answers(folder, [*asked, *more], case.spec, NEW_TOKENS)
+    wanted = expected.answers(setup.truth, [*asked, *more], case.spec, NEW_TOKENS)
     log = work / f"{case.model}-{case.method.partition('(')[0]}.log"
-    told = {"vlmcompress": {"method": case.spec, "untested_engine": True}}
-    with Server(folder, log, told) as server:
-        api = asking.client(server.url)
-        got = asking.ask_all(api, server.model, [*asked, *more], NEW_TOKENS, AT_ONCE)
-        _broken_alone(api, server.model, asked, got)
+    told = {"vlmcompress": {**setup.told, "untested_engine": True}}
+    with Server(setup.served, log, told, setup.options, setup.environment) as server:
+        api, name = asking.client(server.url), setup.asked_as or server.model
+        got = asking.ask_all(api, name, [*asked, *more], NEW_TOKENS, AT_ONCE)
+        _broken_alone(api, name, asked, got)
     compare(wanted[n:], got[n:])
     return {
         "model": case.model,
@@ -169,23 +144,21 @@ def main() -> None:
     parser.add_argument("--cases", help="model:method, with commas; the others stay")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    known = {f"{case.model}:{case.method}": case for case in CASES}
+    known = {case.name: case for case in CASES}
     chosen = list(known) if asked.cases is None else asked.cases.split(",")
-    folders = {name: make(asked.work / name) for name, make in MODELS.items()}
     results: dict[str, Any] = {
         "weights": digest(WEIGHTS_DIR / "model.safetensors"),
         "machine": machine.environment(),
         "versions": versions(),
         "plan": {"new_tokens": NEW_TOKENS, "at_once": AT_ONCE, "close": CLOSE},
-        "refused": refusals.check(folders["llava"], asked.work),
+        "refused": refusals.check(asked.work),
         "cases": [],
     }
     kept = _kept(asked.out, results) if asked.cases is not None else []
     done = {f"{row['model']}:{row['method']}": row for row in kept}
     for name in chosen:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        case = known[name]
-        done[name] = run(case, folders[case.model], asked.work, asked.prompts)
+        done[name] = run(known[name], asked.work, asked.prompts)
         print(f"{name}: {done[name]}", file=sys.stderr, flush=True)
         results["cases"] = [done[name] for name in known if name in done]
         asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eval_harness.served.models import llava
 from eval_harness.served.server import Server, ServerError
 
 #: What is told, and a part of the message. The first is tried on a whole server.
@@ -22,12 +23,11 @@ REFUSED: tuple[tuple[Mapping[str, Any], str], ...] = (
 )
 
 
-def check(folder: Path, work: Path) -> list[str]:
+def check(work: Path) -> list[str]:
     """Try all of them.
 
     Args:
-        folder: of a model that is served otherwise.
-        work: for the server's log.
+        work: for the model and the server's log.
 
     Returns:
         What was refused, as it was told.
@@ -37,6 +37,7 @@ def check(folder: Path, work: Path) -> list[str]:
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    folder = llava(work / "llava")
     for told, why in REFUSED:
         overrides = {"vlmcompress": {**told, "untested_engine": True}}
         try:

@@ -47,6 +47,7 @@ class Server:
         log: Path,
         overrides: Mapping[str, Any] | None = None,
         options: tuple[str, ...] = PLAIN,
+        environment: Mapping[str, str] | None = None,
         patience: float = 900.0,
     ) -> None:
         """Say what is served.
@@ -56,11 +57,13 @@ class Server:
             log: file to write.
             overrides: for `--hf-overrides`.
             options: more of the command line.
+            environment: variables for its process.
             patience: seconds until it must answer.
         """
         self._port = _free_port()
         self.url, self.log, self.model = f"http://{HOST}:{self._port}/v1", log, str(model)
         self._patience = patience
+        self._environment = {**os.environ, **_ENVIRONMENT, **(environment or {})}
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--host", HOST, "--port", str(self._port)),
@@ -78,7 +81,7 @@ class Server:
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **_ENVIRONMENT},
+                env=self._environment,
                 timeout=self._patience,
                 check=False,
             ).returncode
@@ -90,7 +93,7 @@ class Server:
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **_ENVIRONMENT},
+                env=self._environment,
                 start_new_session=True,
             )
         try:
