@@ -41,7 +41,7 @@ _VARIANTS = tuple(
     for name in ("vtc_cls", "fastervlm")
     for kind in ("cls", "norm")
 )
-_NEW_TOKENS = 6  # the longest answer, a word, and its end
+NEW_TOKENS = 6  # the longest answer, a word, and its end
 
 
 def default_methods() -> tuple[str, ...]:
@@ -237,7 +237,7 @@ def ask_method(world: str, method: str, plan: Plan, weights: Path) -> dict[str, 
         ),
         batch_size=plan.batch,
         seed=plan.seed,
-        new_tokens=_NEW_TOKENS,
+        new_tokens=NEW_TOKENS,
         clip=clip,
     )
     if alone:

@@ -1,4 +1,4 @@
-"""`vlmcompress eval adapter`: what an adapter brings, measured anew."""
+"""`vlmcompress eval adapter` and `adapters`: what training brings, of one and of all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from vlmcompress.cli.output import Json, emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, load, words
+from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
 
 QUESTIONS = 2000
+SHELF = Path("adapters")
 _BATCH = 64  # questions at a time
 
 
@@ -48,6 +49,52 @@ def adapter(
     about = of_folder(folder)
     results = recipe.write_results(folder, {**old, "command": command}, found, about)
     emit(results, shown(results, folder), as_json)
+
+
+def adapters(
+    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept in build/.")],
+    folder: Annotated[Path, typer.Option(help="That the adapters' folders lie in.")] = SHELF,
+    questions: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = QUESTIONS,
+    text_questions: Annotated[
+        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
+    ] = QUESTIONS,
+    methods: Annotated[
+        str, typer.Option(help="Without training, comma-separated; ten if not given.")
+    ] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Shares or counts of an image's tokens, comma-separated.")
+    ] = "0.1,0.05,8,1",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
+    parts: Annotated[
+        Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Adapters of the reference model against methods without training, at equal token counts.
+
+    An adapter answers at every budget that it was trained for, one that meets none of them at its
+    own. A stopped run goes on.
+    """
+    from eval_harness import adapters as shelf
+    from eval_harness.adapter_tables import rows
+    from eval_harness.comparison import save
+
+    worlds = {"objects": questions, **({"text": text_questions} if text_questions else {})}
+    plan = shelf.Plan(
+        worlds,
+        folder,
+        tuple(words(methods)) if methods else shelf.METHODS,
+        tuple(keep_of(budget) for budget in words(budgets)),  # type: ignore[misc]
+        seeds,
+    )
+    place = parts or Path("build") / f"{out.stem}.parts"
+    with progress("parts", plan.size(location(REFERENCE))) as bar:
+        results = shelf.compare(
+            plan, place, processes=processes, progress=lambda _name: bar.update()
+        )
+    save(results, out)
+    emit(results, table(*rows(results)), as_json)
 
 
 def measured(

@@ -12,6 +12,7 @@ import numpy as np
 
 from eval_harness import machine, statistics
 from eval_harness.asking import BLIND_CELL, FULL_CELL, Asking, Cell, Entry, ask
+from eval_harness.comparison import NEW_TOKENS
 from vlmcompress import hub
 from vlmcompress.core.config import CompressionConfig, StageConfig
 from vlmcompress.hub.folder import Adapter, read
@@ -20,7 +21,6 @@ from vlmcompress.training.recipe import recipe_of
 
 Keeps = Sequence[float | int | None]
 _NAME = "method"
-_NEW_TOKENS = 6  # the longest answer, a word, and its end
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def before_and_after(
                 plan,
                 batch_size=batch_size,
                 seed=seed,
-                new_tokens=_NEW_TOKENS,
+                new_tokens=NEW_TOKENS,
                 reuse_tower=not adapter.learns,
                 progress=progress,
             ).right
