@@ -11,6 +11,7 @@ TEST_ARGS ?=
 PARETO_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 METHODS_ARGS ?=
+ADAPTERS_ARGS ?=
 LAYER_METHODS := fastv,pyramiddrop,sparsevlm,vscan_llm,topv,holitom_llm,prunevid_llm,random_layer,uniform_layer
 LAYER_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --keeps 0.1 --repeats 5 --warmup 1 --new-tokens 8
 ATP_SEEDS ?= 0 1 2
@@ -21,7 +22,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup docs dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results
+.PHONY: support setup docs dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results adapters
 
 setup: $(STAMP)
 
@@ -93,6 +94,13 @@ tune-results: $(STAMP)  ## the pipeline that `tune` chooses for the reference mo
 # Half an hour on two cores.
 layer-times: $(STAMP)  ## times of methods inside the language model, against their ideal
 	$(BIN)/vlmcompress bench $(LAYER_ARGS) --methods $(LAYER_METHODS) --out eval_harness/results/layer_times.json
+	$(BIN)/python scripts/readme.py
+
+# A missing adapter takes up to an hour on two cores, its numbers a few minutes, the table half an
+# hour; each goes on where it was stopped. What is trained stands in adapters/*/recipe.yaml.
+adapters: $(STAMP)  ## trained adapters that are missing, their numbers, and the table of all
+	$(BIN)/python scripts/adapters.py
+	$(BIN)/vlmcompress eval adapters --out eval_harness/results/adapters.json $(ADAPTERS_ARGS)
 	$(BIN)/python scripts/readme.py
 
 retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retrieval and FLOPs

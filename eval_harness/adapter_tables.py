@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval_harness.tables import tokdense
+
 _RANDOM = "random"
 Table = tuple[list[str], list[list[str]]]
-
-
-def tokdense(accuracy: float, tokens: float) -> float:
-    """Accuracy per token: percent of questions over visual tokens of an image.
-
-    Source: VQToken (https://arxiv.org/abs/2503.16980).
-    """
-    return 100 * accuracy / tokens
 
 
 def rows(results: dict[str, Any]) -> Table:
@@ -21,7 +15,7 @@ def rows(results: dict[str, Any]) -> Table:
     worlds = results["worlds"]
     header = ["tokens", "what", "trained"]
     for world in worlds:
-        header += [f"{world} %", "minus the best untrained", f"TokDense, {world}"]
+        header += [f"{world} %", "minus the best without training", f"TokDense, {world}"]
     found = [_alone("all tokens", results, "full", results["tokens"])]
     for tokens in next(iter(worlds.values()))["at"]:
         for name in _names(results, tokens):

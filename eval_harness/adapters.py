@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from eval_harness import asking, comparison, statistics
-from eval_harness.asking import FULL, Asking, Cell, Entry, prompt_of
+from eval_harness import asking, comparison
+from eval_harness.asking import FULL, Asking, Cell, Entry, tokens_left
 from eval_harness.comparison import digest, source, subject, versions
-from eval_harness.paired import right_of
+from eval_harness.paired import estimated, right_of
 from eval_harness.resume import Part, measured
 from eval_harness.shelf import Shelved, shelved
 from vlmcompress import hub
@@ -218,29 +218,6 @@ def ask_adapter(
     return {"right": right, "tokens": left, "refused": None}
 
 
-def tokens_left(
-    model: Any, processor: Any, method: str, keep: float | int, asked: list[Any], clip: Any
-) -> float:
-    """Mean over questions of the visual tokens that the language model is given for an image."""
-    import torch
-
-    from vlmcompress import patch
-
-    texts = [prompt_of(processor, sample.question, 1) for sample in asked]
-    inputs = processor(
-        text=texts,
-        images=[sample.image for sample in asked],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-    with patch(model, method, keep=keep, processor=processor, clip=clip) as handle, torch.no_grad():
-        model(**inputs.to(model.device, model.dtype), logits_to_keep=1)
-        record = handle.last
-        assert record is not None  # the call has just been made
-        return float(np.mean(record.tokens_after))
-
-
 def tokens_of_an_image(weights: Path) -> int:
     """Visual tokens that the uncompressed model is given for an image of the scenes."""
     from transformers import LlavaProcessor
@@ -259,45 +236,44 @@ def _world(
     """Everything about one world, with one resampling."""
     bare = answers[_name(world, FULL)]
     full, blind = (right_of([bare[name]]) for name in ("full", "blind"))
-    values: dict[tuple[Any, ...], np.ndarray] = {("full",): full, ("blind",): blind}
-    at: dict[str, Any] = {}
-    kinds, scenes = np.array(bare["kinds"]), np.array(bare["scenes"])
-    for tokens in counts(plan, adapters, of):
+    kinds = np.array(bare["kinds"])
+    values: dict[str, Any] = {"full": full, "blind": blind}
+    best: dict[str, str] = {}
+    left: dict[str, dict[str, float]] = {}
+    for tokens in map(str, counts(plan, adapters, of)):
         rows = dict(_rows(plan, world, adapters, tokens, answers))
         right = {name: right_of(row["right"]) for name, row in rows.items()}
         free = {name: _mean(right[name], kinds) for name in plan.methods if name in right}
-        best = max(free, key=lambda name: free[name])
+        best[tokens] = max(free, key=lambda name: free[name])
+        left[tokens] = {name: row["tokens"] for name, row in rows.items()}
         own = {a.name: right[a.method] for a in adapters if a.method in free}
-        at[str(tokens)] = {
-            "best": best,
-            "rows": {name: {"tokens": row["tokens"]} for name, row in rows.items()},
+        values[tokens] = {
+            name: {
+                "accuracy": row,
+                "over_best": row - right[best[tokens]],
+                "over_full": row - full,
+                **({"over_own": row - own[name]} if name in own else {}),
+            }
+            for name, row in right.items()
         }
-        for name, row in right.items():
-            values[tokens, name, "accuracy"] = row
-            values[tokens, name, "over_best"] = row - right[best]
-            values[tokens, name, "over_full"] = row - full
-            before = own.get(name)
-            if before is not None:
-                values[tokens, name, "over_own"] = row - before
-    told = statistics.means_over_kinds(list(values.values()), kinds, scenes, seed=plan.seed)
-    found = {
-        key: [round(x, 4) for x in (e.mean, e.low, e.high)]
-        for key, e in zip(values, told, strict=True)
-    }
-    for key, estimate in found.items():
-        if len(key) == 3:
-            at[str(key[0])]["rows"][key[1]][key[2]] = estimate
+    told = estimated(bare, values, plan.seed)
     return {
         "questions": len(full),
         "images": len(set(bare["scenes"])),
-        "full": found["full",],
-        "blind": found["blind",],
-        "at": at,
+        "full": told["full"],
+        "blind": told["blind"],
+        "at": {
+            tokens: {
+                "best": best[tokens],
+                "rows": {n: {"tokens": left[tokens][n], **row} for n, row in told[tokens].items()},
+            }
+            for tokens in best
+        },
     }
 
 
 def _rows(
-    plan: Plan, world: str, adapters: list[Shelved], tokens: int, answers: Mapping[str, Any]
+    plan: Plan, world: str, adapters: list[Shelved], tokens: str, answers: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """Name and answers of everything that was asked at a count and not refused."""
     for name in (*plan.methods, *(adapter.name for adapter in adapters)):

@@ -276,6 +276,40 @@ class _Run:
         self.right.setdefault(cell, {}).setdefault(run, []).extend(right)
 
 
+def tokens_left(
+    model: Any,
+    processor: Any,
+    method: str | Method,
+    keep: float | int | None,
+    samples: Sequence[Sample],
+    clip: Any = None,
+) -> float:
+    """Mean over questions of the visual tokens that the language model is given for an image.
+
+    Args:
+        model: unpatched; so it is afterwards.
+        processor: with a chat template.
+        method: as `patch` takes it.
+        keep: budget.
+        samples: questions with one image each.
+        clip: as `patch` takes it.
+    """
+    from vlmcompress import patch
+
+    inputs = processor(
+        text=[prompt_of(processor, sample.question, 1) for sample in samples],
+        images=[sample.image for sample in samples],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    with patch(model, method, keep=keep, processor=processor, clip=clip) as handle, torch.no_grad():
+        model(**inputs.to(model.device, model.dtype), logits_to_keep=1)
+        record = handle.last
+        assert record is not None  # the call has just been made
+        return float(np.mean(record.tokens_after))
+
+
 def is_right(answer: str, expected: str) -> bool:
     """Whether two answers are equal, case and surrounding space aside."""
     return answer.strip().lower() == expected.strip().lower()

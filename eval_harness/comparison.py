@@ -103,7 +103,8 @@ class Plan:
 
     def parts(self, speed: SpeedPlan | None) -> int:
         """How many parts `compare` measures."""
-        return len(self.questions) * (1 + len(self.methods)) + len(speed_parts(self, speed))
+        asked = len(self.questions) * (1 + len(self.methods))
+        return asked + len(token_parts(self, Path())) + len(speed_parts(self, speed))
 
     def common(self) -> dict[str, Any]:
         """What every part depends on, but for its world and method."""
@@ -141,7 +142,8 @@ def compare(
         JSON-ready, estimates as [mean, low, high] in shares: `weights` (SHA-256), `plan`,
         `versions`, `machine`, `methods` {name: {stage, control}}, `worlds` {world: {questions,
         images, full, blind, accuracy {mode: {keep: {method: estimate}}}, and likewise `over_random`
-        and `over_full`, differences paired by question}}, `refused` (configurations that the
+        and `over_full`, differences paired by question}}, `tokens` {method: {keep: visual tokens
+        of an image that the language model is given}}, `refused` (configurations that the
         library refuses, and why) and `speed` (None, or see `SpeedPlan`).
 
     Raises:
@@ -152,6 +154,9 @@ def compare(
         raise ConfigError(f"{file} is not there: name a folder with trained weights.")
     asked = question_parts(plan, Path(weights))
     answers = measured(asked, folder, processes=processes, progress=progress)
+    left = measured(
+        token_parts(plan, Path(weights)), folder, processes=processes, progress=progress
+    )
     timed = measured(speed_parts(plan, speed), folder, progress=progress)
     found = {world: _world(plan, world, answers) for world in plan.questions}
     return {
@@ -161,6 +166,7 @@ def compare(
         "machine": answers[_name(next(iter(plan.questions)), FULL)]["machine"],
         "methods": {name: describe(name) for name in plan.methods},
         "worlds": {world: one.summary() for world, one in found.items()},
+        "tokens": {m: left[_name("tokens", m)] for m in plan.methods if m not in ORACLES},
         "refused": [line for one in found.values() for line in one.refused()],
         "speed": None if speed is None else _speed(plan, speed, timed),
     }
@@ -191,6 +197,21 @@ def question_parts(plan: Plan, weights: Path) -> list[Part]:
         )
         for method in (FULL, *plan.methods)
         for world, n in plan.questions.items()
+    ]
+
+
+def token_parts(plan: Plan, weights: Path) -> list[Part]:
+    """One part per method; what the oracles keep is what was asked for."""
+    shared = {"keeps": list(plan.keeps), "split": plan.split, "versions": versions()}
+    return [
+        Part(
+            _name("tokens", method),
+            {**shared, "source": source(method)},
+            count_tokens,
+            (method, plan, weights),
+        )
+        for method in plan.methods
+        if method not in ORACLES
     ]
 
 
@@ -251,6 +272,16 @@ def ask_method(world: str, method: str, plan: Plan, weights: Path) -> dict[str, 
     return {
         "right": _nested({cell: _bits(rows) for cell, rows in answers.right.items()}),
         "refused": _nested(answers.refused),
+    }
+
+
+def count_tokens(method: str, plan: Plan, weights: Path) -> dict[str, float]:
+    """{keep: visual tokens of one image that the language model is given under a method}."""
+    world = next(iter(plan.questions))
+    model, processor, samples, clip = subject(world, plan.questions[world], plan.split, weights)
+    return {
+        str(keep): asking.tokens_left(model, processor, method, keep, samples[:1], clip)
+        for keep in plan.keeps
     }
 
 

@@ -10,7 +10,7 @@ WORSE, BELOW = "▼", "▽"
 LEGEND = (
     f"{WORSE}: a published method that does worse than `random` here (the whole interval of the "
     f"paired difference lies below 0). {BELOW}: its mean is below that of `random`, and the "
-    "interval holds 0. `-`: the library refuses the setting, or there is no time to give"
+    "interval holds 0. `-`: the library refuses the setting, or there is no such number"
 )
 _KEEPS = ("0.1", "0.05")  # of the short table
 _MODES = {"contiguous": "positions renumbered", "original": "original positions"}
@@ -35,6 +35,8 @@ def summary_table(results: dict[str, Any]) -> str:
     header = ["method", "stage"]
     for world, keep in columns:
         header += [f"{world}, keep {keep}", "minus `random`"]
+    dense = [(world, keep) for world, keep in columns if "tokens" in results and keep == keeps[-1]]
+    header += [f"TokDense, {world}, keep {keep}" for world, keep in dense]
     header += ["evidence + selection, ms", "TTFT ratio"]
     rows = []
     for method, facts in results["methods"].items():
@@ -42,6 +44,7 @@ def summary_table(results: dict[str, Any]) -> str:
         for world, keep in columns:
             over = worlds[world]["over_random"][mode][keep].get(method)
             row += [_cell(results, world, mode, keep, method), _points(over)]
+        row += [_tokdense(results, world, mode, keep, method) for world, keep in dense]
         rows.append([*row, *_speed(results, method)])
     return markdown(header, rows)
 
@@ -50,13 +53,27 @@ def accuracy_table(results: dict[str, Any], world: str, mode: str) -> str:
     """Method x keep of one world and position mode, with 95 % intervals."""
     found = results["worlds"][world]
     keeps = list(found["accuracy"][mode])
-    rows = [["all tokens", *(_percent(found["full"]) for _ in keeps)]]
+    dense = keeps[-1:] if "tokens" in results else []
+    rows = [["all tokens", *(_percent(found["full"]) for _ in keeps), *("-" for _ in dense)]]
     rows += [
-        [f"`{method}`", *(_cell(results, world, mode, keep, method) for keep in keeps)]
+        [
+            f"`{method}`",
+            *(_cell(results, world, mode, keep, method) for keep in keeps),
+            *(_tokdense(results, world, mode, keep, method) for keep in dense),
+        ]
         for method in results["methods"]
     ]
-    rows.append(["no image", *(_percent(found["blind"]) for _ in keeps)])
-    return markdown(["method", *(f"keep {keep}" for keep in keeps)], rows)
+    rows.append(["no image", *(_percent(found["blind"]) for _ in keeps), *("-" for _ in dense)])
+    named = (*(f"keep {keep}" for keep in keeps), *(f"TokDense, keep {keep}" for keep in dense))
+    return markdown(["method", *named], rows)
+
+
+def tokdense(accuracy: float, tokens: float) -> float:
+    """Accuracy per token: percent of questions, over visual tokens of an image.
+
+    Source: VQToken (https://arxiv.org/abs/2503.16980).
+    """
+    return 100 * accuracy / tokens
 
 
 def mark(results: dict[str, Any], world: str, mode: str, keep: str, method: str) -> str:
@@ -73,6 +90,13 @@ def _cell(results: dict[str, Any], world: str, mode: str, keep: str, method: str
     if estimate is None:
         return "-"
     return " ".join(filter(None, [_percent(estimate), mark(results, world, mode, keep, method)]))
+
+
+def _tokdense(results: dict[str, Any], world: str, mode: str, keep: str, method: str) -> str:
+    """Of a method at a budget; `-` where it was refused, and for oracles."""
+    estimate = results["worlds"][world]["accuracy"][mode][keep].get(method)
+    tokens = results["tokens"].get(method, {}).get(keep)
+    return "-" if estimate is None or tokens is None else f"{tokdense(estimate[0], tokens):.2f}"
 
 
 def _speed(results: dict[str, Any], method: str) -> list[str]:

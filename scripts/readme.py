@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval_harness import layerwise_tables, pareto_tables, tables
+from eval_harness import adapter_tables, layerwise_tables, pareto_tables, tables
 from eval_harness.plots import plot_comparison, plot_learning, plot_pareto
 from eval_harness.retrieval import rows as retrieval_rows
 from eval_harness.served import tables as served_tables
@@ -31,6 +31,7 @@ RESULTS = ROOT / "eval_harness" / "results"
 METHODS = RESULTS / "methods.json"
 SCHEDULES = RESULTS / "schedules.json"
 ADAPTIVE = RESULTS / "adaptive.json"
+ADAPTERS = RESULTS / "adapters.json"
 LAYER_TIMES = RESULTS / "layer_times.json"
 TUNED = RESULTS / "tune" / "tune.json"
 _TRIED = 10  # pipelines of a search that are shown
@@ -115,6 +116,7 @@ def methods_region(results: dict[str, Any]) -> str:
     """Every table of the comparison of all methods, and where they come from."""
     source = _source("../eval_harness/results/methods.json", results["machine"], "make results")
     plan, speed = results["plan"], results["speed"]
+    dense = "TokDense is accuracy in % per visual token. " if "tokens" in results else ""
     timed = ""
     if speed is not None:
         timed = (
@@ -125,7 +127,7 @@ def methods_region(results: dict[str, Any]) -> str:
         f"{tables.report(results)}\n\n"
         f"Accuracy in %, unweighted mean over the kinds of questions, with a 95 % interval "
         f"(bootstrap over images); differences to `random` are paired by question. `random` is the "
-        f"mean of {plan['seeds']} seeds. {tables.LEGEND}. {timed}{source}"
+        f"mean of {plan['seeds']} seeds. {dense}{tables.LEGEND}. {timed}{source}"
     )
 
 
@@ -323,6 +325,27 @@ def load_region(results: dict[str, Any]) -> str:
     )
 
 
+def adapters_region(results: dict[str, Any]) -> str:
+    """Adapters against methods without training, what training brought, and the commands."""
+    source = _source("../eval_harness/results/adapters.json", results["machine"], "make adapters")
+    worlds, asked = results["worlds"], results["plan"]["methods"]
+    sizes = " and ".join(f"{w['questions']} about {name}" for name, w in worlds.items())
+    listed = ", ".join(f"`{method}`" for method in asked)
+    commands = "\n".join(adapter_tables.commands(results))
+    return (
+        f"{markdown(*adapter_tables.rows(results))}\n\n"
+        f"Accuracy in % (95 % interval, bootstrap over scenes) on held-out questions, {sizes}, "
+        "unweighted mean over their kinds; differences are paired by question. The best without "
+        "training is the best on these very questions, which favours it, of "
+        f"{listed}. TokDense is accuracy in % per visual token.\n\n"
+        "### The same method without training\n\n"
+        f"{markdown(*adapter_tables.own_rows(results))}\n\n"
+        f"Codes of `vqtoken` alone are its codebook; trained weights of it are VQ-Attention over "
+        f"the token hash map. {source}\n\n"
+        f"```sh\n{commands}\n```"
+    )
+
+
 def _verdict(results: dict[str, Any], method: str, family: str) -> str:
     """`✓`, `✗`, `?` or `-`, with the numbers of the exemptions that are about this pair."""
     row = results["results"][method].get(family)
@@ -378,6 +401,7 @@ REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
     ("docs/results.md", "adaptive", ADAPTIVE, adaptive_region),
     ("docs/results.md", "layer_times", LAYER_TIMES, layer_times_region),
     ("docs/tuning.md", "tune", TUNED, tune_region),
+    ("adapters/README.md", "adapters", ADAPTERS, adapters_region),
     ("docs/reference-model.md", "reference", ASSETS / "reference_eval.json", reference_region),
     ("docs/exactness.md", "matrix", ASSETS / "matrix.json", matrix_region),
     ("docs/exactness.md", "exemptions", ASSETS / "matrix.json", exemptions_region),

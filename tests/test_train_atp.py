@@ -15,11 +15,14 @@ from tests.seam.equalities import traces
 from vlmcompress import CompressionConfig, load_adapter, patch
 from vlmcompress.cli import app
 from vlmcompress.core.errors import CheckpointError, ConfigError, MissingExtraError
+from vlmcompress.hub.folder import CARD, RESULTS
+from vlmcompress.hub.results import evaluations
 from vlmcompress.methods.decoder.atp import ATP
 from vlmcompress.reference import KINDS, TEXT_KINDS, load
 from vlmcompress.training import adapter, atp
 from vlmcompress.training.atp import CHECKPOINT, LOG, Plan, train
 from vlmcompress.training.questions import batch_of, encoded, encoded_once, right_share
+from vlmcompress.training.recipe import recipe_of
 
 TINY = Plan(steps=2, batch=2)
 
@@ -129,14 +132,16 @@ def atp_shape(model: Any) -> Any:
 def test_an_adapter_loads_with_one_line(reference: Any, run: Any, tmp_path: Path) -> None:
     model, processor = reference
     _, trained = run
-    path = adapter.save_weights(trained, tmp_path)
     call = encoded(processor, batch_of(0, 2, 0))
-    with patch(model, adapter.with_weights(trained, path)), torch.no_grad():
+    with patch(model, trained.method) as handle, torch.no_grad():
+        handle.parts.load_state_dict(trained.parts.state_dict())
         want = model(**call).logits
+    adapter.save(model, trained, tmp_path)
+    path = tmp_path / "atp.safetensors"
     with load_adapter(model, tmp_path) as handle, torch.no_grad():
         assert torch.equal(model(**call).logits, want)
         assert handle.config.to_spec().startswith("atp(")
-    assert CompressionConfig.load(tmp_path).stages[0].options["weights"] == adapter.WEIGHTS
+    assert CompressionConfig.load(tmp_path).stages[0].options["weights"] == path.name
     for text in (
         (tmp_path / "vlmcompress_config.json").read_text(),
         path.read_bytes().decode("latin"),
@@ -167,9 +172,10 @@ def test_lora_learns_and_loads(tmp_path: Path) -> None:
     trained = train(model, processor, tmp_path / "run", dataclasses.replace(TINY, lora=2))
     lora = [p for n, p in model.named_parameters() if "lora_B" in n]
     assert all(p.abs().sum() > 0 for p in lora)
-    path = adapter.save_weights(trained, tmp_path / "adapter")
-    with patch(model, adapter.with_weights(trained, path)), torch.no_grad():
+    with patch(model, trained.method) as handle, torch.no_grad():
+        handle.parts.load_state_dict(trained.parts.state_dict())
         want = model(**call).logits
+    adapter.save(model, trained, tmp_path / "adapter")
     other, _ = load()
     with load_adapter(other, tmp_path / "adapter"), torch.no_grad():
         torch.testing.assert_close(other(**call).logits, want, rtol=1e-4, atol=1e-4)
@@ -215,7 +221,7 @@ def test_the_command(tmp_path: Path) -> None:
     words += ["--precision", "bfloat16", "--questions", "8", "--device", "cpu", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    results = json.loads((out / adapter.RESULTS).read_text())
+    results = json.loads((out / RESULTS).read_text())
     assert json.loads(done.stdout) == results
     measured = results["measured"]
     assert set(measured["difference"]) == {"fastv", "pyramiddrop", "random_layer", "uniform_layer"}
@@ -223,10 +229,18 @@ def test_the_command(tmp_path: Path) -> None:
         assert share == pytest.approx(measured["flops"]["atp"], rel=0.02), name
     assert measured["left"][0] == measured["tokens"] == 196
     assert measured["average_keep"] == pytest.approx(sum(measured["left"]) / 8 / 196)
-    text = (out / adapter.CARD).read_text()
-    assert text == adapter.card(results)
+    text = (out / CARD).read_text()
+    assert recipe_of(out)["command"] == results["command"]
     assert "--steps 2 --batch 2 --precision bfloat16 --questions 8" in text
-    assert f"| `fastv` | {100 * measured['accuracy']['fastv']['mean']:.1f} (" in text
+    rows = {(e.setting, e.metric): e for e in evaluations(results)}
+    assert len(rows) == len(results["evaluations"])
+    fastv = rows["fastv, as much on average", "accuracy"]
+    assert fastv.value == measured["accuracy"]["fastv"]["mean"]
+    assert (
+        rows["atp minus fastv", "accuracy, paired difference"].value
+        == (measured["difference"]["fastv"]["mean"])
+    )
+    assert f"| fastv, as much on average | accuracy | {fastv.shown} | 8 |" in text
     assert str(tmp_path) not in text
     with load_adapter(load()[0], out) as handle:
         assert handle.parts is not None

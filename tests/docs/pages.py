@@ -16,7 +16,7 @@ PAGES: tuple[str, ...] = (
     "SECURITY.md",
     "tests/parity/README.md",
     "vlmcompress/reference/weights/README.md",
-    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "adapters").glob("*/README.md")),
+    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "adapters").rglob("README.md")),
     *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
 )
 

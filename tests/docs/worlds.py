@@ -26,6 +26,7 @@ from vlmcompress.core.errors import VLMCompressError
 from vlmcompress.methods.layouts import layout
 
 CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
+ADAPTERS = sorted(path for path in (ROOT / "adapters").iterdir() if path.is_dir())
 CLIP = "openai/clip-vit-large-patch14-336"
 
 
@@ -190,10 +191,19 @@ def garden(place: Place) -> Iterator[dict[str, Any]]:
     yield space
 
 
+@contextmanager
+def shelf(place: Place) -> Iterator[dict[str, Any]]:
+    """The model of the adapters, which lie in the working directory."""
+    model, _ = reference.load()
+    for folder in ADAPTERS:
+        (place.folder / folder.name).symlink_to(folder)
+    yield {"model": model}
+
+
 #: Worlds of pages that take something for granted.
 WORLDS: dict[str, World] = {
     "README.md": readme,
-    "adapters/atp-reference/README.md": given,
+    **{f"adapters/{folder.name}/README.md": shelf for folder in ADAPTERS},
     "docs/adapters.md": hub,
     "docs/adding-a-family.md": garden,
     "docs/bare-towers.md": towers,

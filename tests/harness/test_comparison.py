@@ -36,6 +36,8 @@ def _bits(share: float) -> str:
 def _fake(part):
     """Answers of a model on which `vtc_cls` is right more often than random, the variant less."""
     world, method = part.name.partition("-")[::2]
+    if world == "tokens":
+        return {"0.5": 98.0, "0.1": 20.0 if method == "random" else 18.0}
     if world == "speed":
         times = {"ttft_ratio": 0.5, "ttft_range": [0.4, 0.6], "evidence_ms": 1.0}
         return {**times, "selection_ms": 2.0, "machine": {"threads": 2}}
@@ -110,7 +112,8 @@ def test_what_is_refused_is_told(results):
     assert first["why"] == "no such positions"
     assert "vtc_cls" not in results["worlds"]["text"]["accuracy"]["original"]["0.1"]
     table = tables.accuracy_table(results, "text", "original")
-    assert re.search(r"^\| `vtc_cls` \| 90\.0 \([0-9.]+-100\.0\) \| - \|$", table, flags=re.M)
+    row = r"^\| `vtc_cls` \| 90\.0 \([0-9.]+-100\.0\) \| - \| - \|$"
+    assert re.search(row, table, flags=re.M)
 
 
 def test_methods_below_random_are_marked(results):
@@ -136,18 +139,29 @@ def test_the_tables_hold_times_and_counts_of_questions(results):
     assert "| - | - |" in tables.summary_table({**results, "speed": None})
 
 
+def test_accuracy_per_token_is_that_of_the_tokens_really_left(results):
+    table = tables.accuracy_table(results, "objects", "contiguous")
+    assert table.splitlines()[0].endswith("| TokDense, keep 0.1 |")
+    (row,) = (line for line in table.splitlines() if line.startswith("| `vtc_cls` |"))
+    assert row.endswith("| 5.00 |")  # 90 % over 18 tokens
+    assert "| 3.00 |" in table  # random: 60 % over 20
+    assert "TokDense, text, keep 0.1" in tables.summary_table(results)
+    older = {name: value for name, value in results.items() if name != "tokens"}
+    assert "TokDense" not in readme.methods_region(older)
+
+
 def test_the_picture_is_drawn(results, tmp_path):
     assert Image.open(plot_comparison(results, tmp_path / "methods.png")).width > 1000
 
 
 def test_only_what_changed_is_measured_again(seen, results, tmp_path, monkeypatch):
-    assert len(seen) == PLAN.parts(SPEED) == 11
+    assert len(seen) == PLAN.parts(SPEED) == 14
     del seen[:]
     assert compare(PLAN, tmp_path, speed=SPEED) == results
     assert seen == []
     more = replace(PLAN, methods=(*PLAN.methods, "uniform"))
     compare(more, tmp_path, speed=SPEED)
-    assert seen == ["objects-uniform", "text-uniform", "speed-uniform"]
+    assert seen == ["objects-uniform", "text-uniform", "tokens-uniform", "speed-uniform"]
     del seen[:]
     compare(replace(PLAN, questions={"objects": 8, "text": 4}), tmp_path, speed=SPEED)
     assert [name for name in seen if not name.startswith("text-")] == []
@@ -155,7 +169,7 @@ def test_only_what_changed_is_measured_again(seen, results, tmp_path, monkeypatc
     monkeypatch.setattr(comparison, "source", lambda method: f"another {method == 'vtc_cls'}")
     monkeypatch.setattr(comparison, "versions", lambda: results["versions"])
     compare(PLAN, tmp_path, speed=SPEED)
-    assert len(seen) == 11
+    assert len(seen) == 14
 
 
 def test_a_part_belongs_to_the_methods_own_file():
@@ -232,9 +246,10 @@ def test_a_small_comparison_from_end_to_end(tmp_path):
         done = CliRunner().invoke(app, ["eval", "methods", "--out", str(out), *options, *fresh])
         assert done.exit_code == 0, done.output
         assert "questions: 8 about objects, 3 about text" in done.output
-        assert len(list((tmp_path / "parts").glob("*.json"))) == 10
+        assert len(list((tmp_path / "parts").glob("*.json"))) == 13
     found = json.loads(out.read_text())
     assert found["refused"] == []
+    assert found["tokens"]["random"] == {"0.5": 98, "0.1": 20}
     assert found["weights"] == stored(out, WEIGHTS_DIR)["weights"]
     rows = found["worlds"]["objects"]["accuracy"]["original"]["0.5"]
     assert set(rows) == {"random", "cdpruner", "oracle_asked", VARIANT}

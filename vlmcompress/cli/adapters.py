@@ -47,7 +47,8 @@ def adapter(
     if made.get("command"):
         command = f"{made['command']}\n{command}"
     about = of_folder(folder)
-    results = recipe.write_results(folder, {**old, "command": command}, found, about)
+    told = {**old, "command": command, **recipe.told(found)}
+    results = recipe.write_results(folder, told, about)
     emit(results, shown(results, folder), as_json)
 
 

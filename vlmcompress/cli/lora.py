@@ -172,8 +172,8 @@ def lora(
     if asked:
         bare = hub.unload(trained.model)
         found = measured(bare, processor, out, asked, keeps_of(eval_keeps), seed)
-    told = {**facts, "plan": plan.to_dict(), "curve": trained.curve}
-    results = recipe.write_results(out, told, found, recipe.about_reference(out, facts))
+    made = {**facts, "plan": plan.to_dict(), "curve": trained.curve, **recipe.told(found)}
+    results = recipe.write_results(out, made, recipe.about_reference(out, facts))
     if not keep_checkpoints:
         shutil.rmtree(out / CHECKPOINTS)
     emit(results, shown(results, out), as_json)

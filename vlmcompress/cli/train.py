@@ -50,7 +50,8 @@ def atp(
     as_json: Json = False,
 ) -> None:
     """Thresholds of ATP for the reference model, measured against fixed schedules."""
-    from vlmcompress.training.adapter import save_weights, with_weights, write_card
+    from vlmcompress.core.config import CompressionConfig
+    from vlmcompress.training import adapter
     from vlmcompress.training.atp import Plan, train
 
     plan = Plan(
@@ -72,19 +73,14 @@ def atp(
             bar.set_postfix(keep=f"{found['average_keep']:.3f}", answers=f"{found['answers']:.3f}")
 
         trained = train(model, processor, out, plan, resume=resume, progress=show)
-    weights = save_weights(trained, out)
-    results: dict[str, Any] = {
-        "model": "the reference model",
-        "folder": f"adapters/{out.name}",
-        "command": _command(plan, out, lora, questions),
-        "plan": plan.to_dict(),
-        "curve": trained.curve,
-    }
+    folder = adapter.save(model, trained, out)
+    facts = {"command": _command(plan, out, lora, questions), "model": REFERENCE, "data": REFERENCE}
+    measured = None
     if questions:
-        results["measured"] = _measured(
-            model, processor, with_weights(trained, weights), questions, seed
-        )
-    write_card(out, results)
+        learnt = CompressionConfig.load(folder).stages[0].options["weights"]
+        method = dataclasses.replace(trained.method, weights=str(folder / learnt))
+        measured = _measured(model, processor, method, questions, seed)
+    results = adapter.write(out, plan, trained, facts, measured)
     emit(results, f"The adapter is in {out}.", as_json)
 
 

@@ -1,139 +1,87 @@
-"""The folder that a training leaves: weights, configuration, results and a card made from them."""
+"""The folder that a training of ATP's thresholds leaves."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmcompress.core.config import CompressionConfig, StageConfig
-from vlmcompress.reference.card import estimate, markdown
-from vlmcompress.training.atp import Trained
+from vlmcompress import hub
+from vlmcompress.live.patch import patch
+from vlmcompress.training import recipe
+from vlmcompress.training.atp import Plan, Trained
 
-WEIGHTS, RESULTS, CARD = "atp.safetensors", "results.json", "README.md"
-_HEAD = """
----
-license: apache-2.0
-library_name: vlmcompress
-tags: [vlmcompress, atp, token-pruning]
----
-
-# Thresholds of ATP for {model}
-
-Trained for a mean over the layers of {target:.1%} of the visual tokens, in {steps} steps of {batch}
-questions, seed {seed}. {lora}
-
-```sh
-{command}
-```
-
-```python
-from vlmcompress import load_adapter
-
-handle = load_adapter(model, "{folder}")
-```
-"""
-_LORA = "LoRA of rank {rank} on queries and values of the language model was trained with them."
-_FROZEN = "The language model itself is as it was."
-_MEASURED = """
-## Measured
-
-{questions} questions about {images} scenes of the test split. Every fixed schedule keeps the same
-{keep:.1%} of the visual tokens, averaged over layers and questions, as these thresholds did:
-`pyramiddrop`, `random_layer` and `uniform_layer` at the same sites, by equal shares at each, and
-`fastv` all at once at the first. None was tuned, and the thresholds are those of one seed.
-Accuracy is the mean over kinds of questions in percent, with 95 % intervals from a bootstrap over
-scenes; the difference is paired by question (positive: the thresholds are better). FLOPs are those
-of the language model's prefill by formula, relative to all tokens.
-
-{table}
-
-{spread}
-"""
-_SPREAD = """
-The thresholds let through {low:.1%} to {high:.1%} of a prompt's tokens (5th and 95th percentile of
-the mean over layers), {behind} of {tokens} tokens behind the last site on average.
-"""
+_WORLD = "objects"
+_DIFFERENCE = "accuracy, paired difference"
 
 
-def save_weights(trained: Trained, folder: str | Path) -> Path:
+def save(model: Any, trained: Trained, folder: str | Path) -> Path:
     """Write what was learnt and the configuration that loads it.
 
     Args:
-        trained: thresholds, and LoRA where it was trained.
+        model: that was trained on, unpatched, with LoRA in it where that was trained.
+        trained: thresholds.
         folder: of the adapter, made if it is missing.
 
     Returns:
-        The file of the thresholds.
+        The folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trained.parts.save(folder / WEIGHTS)
-    if trained.model is not None:
-        for config in trained.model.peft_config.values():
-            config.base_model_name_or_path = ""  # else the place of the model on this machine
-        trained.model.save_pretrained(folder)
-    defaults = type(trained.method)().options()
-    chosen = {k: v for k, v in trained.method.options().items() if v != defaults[k]}
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
-    stage = StageConfig(trained.method.name, options={**options, "weights": WEIGHTS})
-    CompressionConfig((stage,)).save(folder)
-    return folder / WEIGHTS
+    with patch(model, trained.method) as handle:
+        assert handle.parts is not None  # the method has some
+        handle.parts.load_state_dict(trained.parts.state_dict())
+        return hub.save(handle, folder)
 
 
-def write_card(folder: str | Path, results: Mapping[str, Any]) -> None:
-    """Write the results, and the card that is made from nothing else.
+def write(
+    folder: Path,
+    plan: Plan,
+    trained: Trained,
+    facts: Mapping[str, Any],
+    measured: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Write recipe, results and card.
 
     Args:
-        folder: of the adapter.
-        results: `model`, `command`, `plan`, `curve`, and `measured` where it was.
+        folder: that `save` wrote.
+        plan: of the training.
+        trained: thresholds.
+        facts: as for `recipe.save`.
+        measured: what `against_schedules` returned, if it was asked.
+
+    Returns:
+        What the results file holds.
     """
-    folder = Path(folder)
-    text = json.dumps(results, indent=2) + "\n"
-    (folder / RESULTS).write_text(text, encoding="utf-8")
-    (folder / CARD).write_text(card(results), encoding="utf-8")
+    found = {**facts, "plan": plan.to_dict(), "curve": trained.curve}
+    about = recipe.about_reference(folder, facts)
+    results = recipe.write_results(folder, {**found, **recipe.told(measured, evaluations)}, about)
+    recipe.write(folder, plan.to_dict(), trained.curve, facts)
+    return results
 
 
-def card(results: Mapping[str, Any]) -> str:
-    """The model card, from the results."""
-    plan = results["plan"]
-    rank = plan["lora"]
-    head = _HEAD.format(
-        model=results["model"],
-        command=results["command"],
-        folder=results["folder"],
-        lora=_LORA.format(rank=rank) if rank else _FROZEN,
-        **{k: plan[k] for k in ("steps", "batch", "seed", "target")},
-    )
-    measured = results.get("measured")
-    return (head + (_measured(measured) if measured else "")).strip() + "\n"
+def evaluations(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a card: thresholds and fixed schedules that keep as much on average.
 
+    Args:
+        found: what `against_schedules` returned.
+    """
+    (own, *fixed) = found["accuracy"]
 
-def _measured(found: Mapping[str, Any]) -> str:
+    def row(setting: str, metric: str, value: Any, compared: bool = True) -> dict[str, Any]:
+        return recipe.evaluation(_WORLD, setting, metric, value, found["questions"], compared)
+
+    rows = [row(own, "accuracy", found["accuracy"][own], compared=False)]
+    for name in fixed:
+        rows.append(row(f"{name}, as much on average", "accuracy", found["accuracy"][name]))
+        rows.append(row(f"{own} minus {name}", _DIFFERENCE, found["difference"][name]))
+    rows.append(row("all tokens", "accuracy", found["full"]))
+    rows.append(row(f"{own} minus all tokens", _DIFFERENCE, found["over_full"]))
+    rows.append(row("no image", "accuracy", found["blind"]))
+    for name, share in found["flops"].items():
+        rows.append(row(name, "FLOPs of the prefill, share of all tokens'", share))
+    kept = "visual tokens, mean over layers, share"
     low, high = found["spread"]
-    spread = _SPREAD.format(
-        low=low, high=high, behind=f"{found['left'][-1]:.1f}", tokens=found["tokens"]
-    )
-    return _MEASURED.format(
-        questions=found["questions"],
-        images=found["images"],
-        keep=found["average_keep"],
-        table=markdown(["", "accuracy", "ATP minus this", "FLOPs"], _rows(found)),
-        spread=spread.strip(),
-    )
-
-
-def _rows(found: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    rows = [["all tokens", estimate(found["full"]), estimate(found["over_full"]), "1.000"]]
-    for name, row in found["accuracy"].items():
-        difference = found["difference"].get(name)
-        shown = "" if difference is None else estimate(difference)
-        rows.append([f"`{name}`", estimate(row), shown, f"{found['flops'][name]:.3f}"])
-    return [*rows, ["no image", estimate(found["blind"]), "", ""]]
-
-
-def with_weights(trained: Trained, path: str | Path) -> Any:
-    """The method that reads what was learnt from its file."""
-    return dataclasses.replace(trained.method, weights=str(path))
+    rows.append(row(own, f"{kept}, mean over questions", found["average_keep"]))
+    rows.append(row(own, f"{kept}, 5th percentile over questions", low))
+    rows.append(row(own, f"{kept}, 95th percentile over questions", high))
+    behind = f"visual tokens behind the last site, of {found['tokens']}"
+    return [*rows, row(own, behind, found["left"][-1])]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +101,43 @@ def save(
         handle.set(keep=plan.keep.middle)
     hub.save(handle, folder, trained_keep=trained_keep)
     _store(folder, getattr(torch, plan.stored))
+    write(folder, plan.to_dict(), curve, facts, trained_keep)
+
+
+def write(
+    folder: Path,
+    plan: Mapping[str, Any],
+    curve: Sequence[Mapping[str, float]],
+    facts: Mapping[str, Any],
+    trained_keep: Sequence[float] | None = None,
+) -> None:
+    """Write how an adapter was made, last of all: a folder without it is not finished.
+
+    Args:
+        folder: of the adapter.
+        plan: of the training, JSON-ready.
+        curve: rows of its log.
+        facts: as for `save`.
+        trained_keep: budgets of the training.
+    """
     told = {
         **facts,
-        "plan": plan.to_dict(),
+        "plan": plan,
         "trained_keep": trained_keep,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": _versions(),
         "machine": environment(),
         "end": curve[-1] if curve else None,
     }
     (folder / RECIPE).write_text(yaml_dump(json.loads(json.dumps(told))), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are there: thresholds are trained without peft."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _store(folder: Path, dtype: torch.dtype) -> None:
@@ -140,33 +169,35 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write_results(
-    folder: Path,
-    found: Mapping[str, Any],
-    measured: Mapping[str, Any] | None,
-    about: hub.About,
-) -> dict[str, Any]:
+def write_results(folder: Path, found: Mapping[str, Any], about: hub.About) -> dict[str, Any]:
     """Write what was measured, and the card, whose numbers come from nothing else.
 
     Args:
         folder: of the adapter.
-        found: what the file holds besides, with the `command` that made it.
-        measured: what `before_and_after` returned, if it was asked.
+        found: what the file is to hold, with the `command` that made it.
         about: what the card says beside the folder's files.
 
     Returns:
         What the file holds.
     """
-    told = dict(found)
-    if measured is not None:
-        told |= {
-            "machine": measured["machine"],
-            "measured": measured,
-            "evaluations": _evaluations(measured),
-        }
-    (folder / RESULTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     hub.write_card(folder, about)
-    return told
+    return dict(found)
+
+
+def told(
+    measured: Mapping[str, Any] | None, rows: Callable[[Any], list[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
+    """What a results file says of a measurement; nothing where there was none.
+
+    Args:
+        measured: what `before_and_after` returned, or another measurement.
+        rows: makes evaluations of it; those of `before_and_after` if not given.
+    """
+    if measured is None:
+        return {}
+    made = (rows or evaluations)(measured)
+    return {"machine": measured["machine"], "measured": measured, "evaluations": made}
 
 
 def about_reference(folder: Path, facts: Mapping[str, Any]) -> hub.About:
@@ -175,8 +206,8 @@ def about_reference(folder: Path, facts: Mapping[str, Any]) -> hub.About:
     return hub.About(folder.resolve().name, license=license)
 
 
-def _evaluations(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a card, see `vlmcompress.hub.results`."""
+def evaluations(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a card of what `before_and_after` returned."""
     rows: list[dict[str, Any]] = []
     for world, found in measured["worlds"].items():
         values = []
@@ -188,16 +219,38 @@ def _evaluations(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         values.append(("all tokens, without", found["full"], True))
         values.append(("no image, without", found["blind"], True))
         rows += [
-            {
-                "dataset": {"name": _ASKED[world]},
-                "setting": setting,
-                "metric": "accuracy",
-                "value": value["mean"],
-                "low": value["low"],
-                "high": value["high"],
-                "questions": found["questions"],
-                "compared": compared,
-            }
+            evaluation(world, setting, "accuracy", value, found["questions"], compared)
             for setting, value, compared in values
         ]
     return rows
+
+
+def evaluation(
+    world: str,
+    setting: str,
+    metric: str,
+    value: Mapping[str, float] | float,
+    questions: int,
+    compared: bool = True,
+) -> dict[str, Any]:
+    """One row of a card about drawn scenes, see `vlmcompress.hub.results`.
+
+    Args:
+        world: of the scenes.
+        setting: what answered.
+        metric: its name.
+        value: `mean`, `low` and `high`, or a number without an interval.
+        questions: how many were asked.
+        compared: whether it is shown beside, and of something else.
+    """
+    range_ = {"mean": value} if isinstance(value, float | int) else value
+    return {
+        "dataset": {"name": _ASKED[world]},
+        "setting": setting,
+        "metric": metric,
+        "value": range_["mean"],
+        "low": range_.get("low"),
+        "high": range_.get("high"),
+        "questions": questions,
+        "compared": compared,
+    }
