@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.project import ROOT
 from tests.seam.equalities import traces
 from tests.support import same
 from vlmcompress import CompressionConfig, load_adapter, patch
@@ -414,34 +410,6 @@ def test_low_precision_has_nearly_the_same_loss(whole: Any, tmp_path: Path) -> N
     assert done.curve[0]["answers"] == pytest.approx(
         whole[1].curve[0]["answers"], abs=0.02
     )  # a few units in the last place of a logit
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
-    plan = dataclasses.replace(SMALL, dropout=0.0, steps=2)
-    one = train(*load(), tmp_path / "one", dataclasses.replace(plan, batch=4), Scenes())
-    words = ["--standalone", "--nproc-per-node=2", "-m", "tests.lora_worker", str(tmp_path / "two")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    from safetensors.torch import load_file
-
-    two = load_file(tmp_path / "two" / loop.CHECKPOINTS / "checkpoint-2" / "model.safetensors")
-    start = learnt(with_lora(load()[0], plan))
-    for name, value in learnt(one.model).items():
-        moved = (value - start[name]).norm()
-        assert (two[f"model.{name}"] - value).norm() <= 0.02 * moved + 1e-6, name
-    rows = [json.loads(x) for x in (tmp_path / "two" / loop.LOG).read_text().splitlines()]
-    for row, want in zip(rows, one.curve, strict=True):
-        assert row["answers"] == pytest.approx(want["answers"], rel=1e-3)
-        assert row["loss"] == pytest.approx(want["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.launching import TWO, accelerate
 from vlmcompress.cli import app, sweep
 from vlmcompress.reference import weights
 
@@ -127,23 +128,13 @@ def _environment():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path, reference_folder):
-    def told(command, folder):
-        done = subprocess.run(
-            [sys.executable, *command],
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-    one = told(_command(tmp_path / "one", reference_folder), tmp_path / "one")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0"]
-    two = told([*launch, *_command(tmp_path / "two", reference_folder)], tmp_path / "two")
+def test_two_processes_are_one(run, tmp_path, reference_folder):
+    run(*_command(tmp_path / "one", reference_folder)[4:])
+    accelerate(*TWO, *_command(tmp_path / "two", reference_folder))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
+        for name in ("one", "two")
+    )
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["tasks"] == one["tasks"]
     assert _samples(tmp_path / "two") == _samples(tmp_path / "one")

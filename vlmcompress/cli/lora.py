@@ -108,7 +108,8 @@ def lora(
 ) -> None:
     """LoRA that gives back what compression takes, trained with compression on.
 
-    Several processes: accelerate launch --num_processes 2 -m vlmcompress.cli train lora ...
+    Several processes: accelerate launch --multi_gpu --num_processes 2 -m vlmcompress.cli train lora
+    ..., in shards with --config_file examples/fsdp2.yaml instead of --multi_gpu.
     """
     from vlmcompress import hub
     from vlmcompress.training import recipe
@@ -170,7 +171,8 @@ def lora(
     asked = (QUESTIONS if model == REFERENCE else 0) if questions is None else questions
     found = None
     if asked:
-        bare = hub.unload(trained.model)
+        again = trained.sharded  # its model runs no more
+        bare = _loaded(model, precision, device, False)[0] if again else hub.unload(trained.model)
         found = measured(bare, processor, out, asked, keeps_of(eval_keeps), seed)
     made = {**facts, "plan": plan.to_dict(), "curve": trained.curve, **recipe.told(found)}
     results = recipe.write_results(out, made, recipe.about_reference(out, facts))

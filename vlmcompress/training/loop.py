@@ -28,6 +28,7 @@ CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
 #: The last file of a checkpoint: without it the run was stopped while writing.
 _STATE = "trainer_state.json"
 _WEIGHTS = "model.safetensors"
+_TORCH_FILES = ("*.pt", "*.pth", "*.bin")
 
 
 class Loop(Trainer):
@@ -201,7 +202,7 @@ def _check(checkpoint: Path) -> None:
     try:
         with safe_open(str(path), "pt") as file:
             file.keys()
-        for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        for path in sorted(p for kind in _TORCH_FILES for p in checkpoint.glob(kind)):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum is wrong")

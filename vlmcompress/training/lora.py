@@ -20,7 +20,7 @@ from vlmcompress.core.extras import require
 from vlmcompress.families.connectors import connector_name
 from vlmcompress.live.install import outer_model
 from vlmcompress.live.patch import patch
-from vlmcompress.training import recipe
+from vlmcompress.training import recipe, sharding
 from vlmcompress.training.conversations import Collator
 from vlmcompress.training.data import Source
 from vlmcompress.training.loop import CHECKPOINTS, Budget, Follow, Loop, curve, latest_checkpoint
@@ -38,12 +38,14 @@ class Recovered:
         parts: what its methods have learnt, by method.
         curve: rows of the log.
         main: whether this process writes files (of several, one does).
+        sharded: whether the model is in shards, so that it runs no more.
     """
 
     model: Any
     parts: dict[str, nn.Module]
     curve: list[dict[str, float]]
     main: bool
+    sharded: bool = False
 
 
 def train(
@@ -62,7 +64,8 @@ def train(
     """Train an adapter with compression on; a killed run goes on where it was.
 
     Started by `accelerate launch` or `torchrun`, every process takes `plan.batch` questions of its
-    own, and a step is that of all of them together.
+    own, and a step is that of all of them together. With `examples/fsdp2.yaml` each of them holds a
+    share of the weights.
 
     Args:
         model: an unpatched VLM, on the device to train on; LoRA is put into it and stays.
@@ -77,8 +80,8 @@ def train(
         progress: called after each step with its number, its budget and the last row of the log.
 
     Raises:
-        ConfigError: for options that this model or method cannot have, a run with other options in
-            the folder, or a loss that is no number.
+        ConfigError: for options that this model, this method or FSDP cannot have, a run with other
+            options in the folder, or a loss that is no number.
         CheckpointError: for a broken checkpoint.
         DataError: for data that cannot be used.
         MissingExtraError: without peft and accelerate.
@@ -119,14 +122,17 @@ def train(
             train_dataset=source.stream(plan.steps, size, plan.seed),
             callbacks=[budget, Follow(folder, budget, progress)],
         )
+        sharded = sharding.prepare(loop)
         loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if sharded:
+            sharding.gather(loop)
         tuned.eval()
         trainee.round_to(getattr(torch, plan.stored))
         rows, main = curve(loop.state.log_history), arguments.process_index == 0
         parts = {name: p.eval() for name, p in learning_of(handle).items()}
         if main:
             recipe.save(handle, folder, plan, rows, facts or {})
-    return Recovered(tuned, parts, rows, main)
+    return Recovered(tuned, parts, rows, main, sharded)
 
 
 def with_lora(model: Any, plan: LoraPlan) -> Any:
