@@ -21,6 +21,7 @@ from vlmcompress.reference import KINDS, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
+    "batch",
     "demo",
     "methods",
     "generate",

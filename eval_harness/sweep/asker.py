@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
@@ -15,9 +15,25 @@ from torch import Tensor
 from eval_harness.asking import FULL, Entry, prompt_of
 from eval_harness.replay import NoRecording, Recording, record, union
 from eval_harness.stages import parts
-from eval_harness.sweep.plan import Setting, SweepPlan
+from eval_harness.sweep.plan import Setting
 from vlmcompress.core.errors import UnsupportedModelError, VLMCompressError
 from vlmcompress.methods.base import Method
+
+
+class Plan(Protocol):
+    """What an asker must know of a `SweepPlan`."""
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Methods with what they keep."""
+
+    @property
+    def positions(self) -> str:
+        """As `patch` takes it."""
+
+    @property
+    def reuse_tower(self) -> bool:
+        """Whether the tower may run once for several settings."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ class Asker:
         spent: where the time went.
     """
 
-    def __init__(self, model: Any, processor: Any, plan: SweepPlan, clip: Any = None) -> None:
+    def __init__(self, model: Any, processor: Any, plan: Plan, clip: Any = None) -> None:
         """Nothing is patched before the `with`.
 
         Args:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from eval_harness.sweep.files import QUESTIONS, SUFFIXES, fingerprint, open_parquet, task_files
 from eval_harness.sweep.metrics import metric_of
 from eval_harness.sweep.naming import unknown
 from eval_harness.sweep.questions import Picture, Question, question_of
 from vlmcompress.core.errors import ConfigError
-from vlmcompress.core.extras import require
 
 DRAWN = {"reference": "objects", "reference_text": "text"}
 """Tasks without files: names, and the world that each is drawn from."""
 
 _DRAWN_QUESTIONS = 800
 _DRAWN_SPLIT = "test"
-_SUFFIXES = (".jsonl", ".parquet")
-_QUESTIONS = "questions.jsonl"
-_FOOTER = 2**16  # bytes at the end of a Parquet file that describe all the rest
 _ROWS = 16  # of a Parquet file at once: pictures may be large
 
 
@@ -135,7 +131,7 @@ def _drawn(config: TaskConfig) -> Task:
 
 
 def _filed(config: TaskConfig) -> Task:
-    files = _files(Path(config.task))
+    files = task_files(Path(config.task))
     if not files:
         raise ConfigError(_no_task(config.task))
     rows = sum(_rows_in(file) for file in files) if config.split is None else None
@@ -153,7 +149,7 @@ def _filed(config: TaskConfig) -> Task:
     return Task(
         config,
         config.name or path.stem,
-        {"files": {file.name: _fingerprint(file) for file in files}, **_asked(config)},
+        {"files": {file.name: fingerprint(file) for file in files}, **_asked(config)},
         read,
         min(limits) if rows is not None else config.limit,
     )
@@ -173,23 +169,14 @@ def _asked(config: TaskConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _files(path: Path) -> list[Path]:
-    """Files with the questions of a task; none where it is no task."""
-    if path.is_file() and path.suffix in _SUFFIXES:
-        return [path]
-    if (path / _QUESTIONS).is_file():
-        return [path / _QUESTIONS]
-    return sorted(path.glob("*.parquet")) if path.is_dir() else []
-
-
 def _no_task(name: str) -> str:
     path = Path(name)
     if path.is_dir():
-        return f"Folder {name!r} holds neither {_QUESTIONS} nor Parquet files."
+        return f"Folder {name!r} holds neither {QUESTIONS} nor Parquet files."
     if path.is_file():
-        return f"File {name!r} is no task; allowed are {' and '.join(_SUFFIXES)}."
+        return f"File {name!r} is no task; allowed are {' and '.join(SUFFIXES)}."
     beside: list[Path] = [*path.parent.iterdir()] if path.parent.is_dir() else []
-    near = [str(other) for other in beside if _files(other)]
+    near = [str(other) for other in beside if task_files(other)]
     known = "a file, a folder, or one of these names"
     return f"{unknown('task', name, [*DRAWN, *near])} A task is {known}."
 
@@ -211,35 +198,14 @@ def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parquet_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    with _parquet(file) as table:
+    with open_parquet(file) as table:
         for batch in table.iter_batches(batch_size=_ROWS):
             yield from batch.to_pylist()
 
 
-def _parquet(file: Path) -> Any:
-    module = require("pyarrow.parquet")
-    try:
-        return module.ParquetFile(file)
-    except require("pyarrow").ArrowInvalid as error:
-        raise ConfigError(f"{str(file)!r} is no Parquet file: {error}") from error
-
-
 def _rows_in(file: Path) -> int:
     if file.suffix == ".parquet":
-        with _parquet(file) as table:
+        with open_parquet(file) as table:
             return int(table.metadata.num_rows)
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
-
-
-def _fingerprint(file: Path) -> str:
-    """Of the text of a JSONL file; of size and description of a Parquet file."""
-    digest = sha256()
-    with file.open("rb") as stream:
-        if file.suffix == ".parquet":
-            size = file.stat().st_size
-            digest.update(str(size).encode())
-            stream.seek(max(0, size - _FOOTER))
-        for block in iter(lambda: stream.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:16]

@@ -57,6 +57,12 @@ def check_contributing(space: dict[str, Any], said: str) -> None:
         assert handle.last.tokens_after == (5,)
 
 
+def check_many_devices(space: dict[str, Any], said: str) -> None:
+    assert space["handle"].last.tokens_after == (20,)
+    assert space["ids"].shape[1] > space["inputs"]["input_ids"].shape[1]
+    assert type(space["model"]).__name__.startswith("FSDP")
+
+
 def check_training(space: dict[str, Any], said: str) -> None:
     assert all(p.grad is not None for p in space["optimizer"].param_groups[0]["params"])
     assert "generate" not in space["model"].__dict__
@@ -71,6 +77,7 @@ CHECKS = {
     "CONTRIBUTING.md": check_contributing,
     "docs/adapters.md": check_adapters,
     "docs/first-patch.md": check_first_patch,
+    "docs/many-devices.md": check_many_devices,
     "docs/training.md": check_training,
     "docs/tuning.md": check_tuning,
 }

@@ -6,6 +6,7 @@ names which the page uses without making them.
 
 from __future__ import annotations
 
+import socket
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -200,6 +201,21 @@ def shelf(place: Place) -> Iterator[dict[str, Any]]:
     yield {"model": model}
 
 
+@contextmanager
+def one_rank(place: Place) -> Iterator[dict[str, Any]]:
+    """What torchrun tells a process, the only one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in told.items():
+        place.monkeypatch.setenv(name, str(value))
+    try:
+        yield {}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 #: Worlds of pages that take something for granted.
 WORLDS: dict[str, World] = {
     "README.md": readme,
@@ -208,6 +224,7 @@ WORLDS: dict[str, World] = {
     "docs/adding-a-family.md": garden,
     "docs/bare-towers.md": towers,
     "docs/benchmarking.md": given,
+    "docs/many-devices.md": one_rank,
     "docs/methods.md": one_by_one,
     "docs/tuning.md": tuned,
 }

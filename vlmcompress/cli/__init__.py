@@ -12,6 +12,7 @@ import typer
 
 from vlmcompress.cli import (
     adapters,
+    batch,
     bench,
     calibrate,
     demo,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(methods.methods)
 app.command()(generate.generate)
+app.command()(batch.batch)
 app.command()(doctor.doctor)
 app.command()(bench.bench)
 app.command()(selection.bench_selection)

@@ -1,4 +1,4 @@
-"""Plug-ins for other packages, which find them by their entry points.
+"""Other packages that vlmcompress works with: plug-ins that they find, and batches by Ray.
 
-Each imports the package that it plugs into only when that package asks for it.
+Each module imports its package only when that is asked for.
 """

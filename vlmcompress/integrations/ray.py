@@ -1,0 +1,365 @@
+"""Batch inference by Ray Data: pictures through patched models in actors, on one machine or many.
+
+Tasks read rows and their pictures, actors hold a model each and answer, and the process that
+started it all keeps the answers as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vlmcompress
+from eval_harness.comparison import versions
+from eval_harness.sweep import store
+from eval_harness.sweep.asker import Answer, Asked, Asker, Unusable
+from eval_harness.sweep.plan import Setting, identity_of
+from eval_harness.sweep.questions import Picture
+from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompressError
+from vlmcompress.core.extras import require
+from vlmcompress.core.keep import parse_keep
+from vlmcompress.integrations import parts, sources
+from vlmcompress.methods import pipeline
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What is done with each row.
+
+    Attributes:
+        model: a hub id, a folder that every machine sees, or `reference`.
+        method: a name or a spec string; the tower's default where there is a budget alone.
+        keep: its budget; without method and budget nothing is compressed.
+        question: of rows that bring none.
+        new_tokens: longest answer.
+        dtype: of the model; `auto` takes the checkpoint's.
+        positions: as `patch` takes them.
+        seed: of methods that draw numbers.
+        clip: for methods that read the question, as `vlmcompress generate --clip` takes it.
+        batch: rows at a time in an actor.
+    """
+
+    model: str = "reference"
+    method: str | None = None
+    keep: float | int | str | None = None
+    question: str | None = None
+    new_tokens: int = 64
+    dtype: str = "auto"
+    positions: str = "auto"
+    seed: int = 0
+    clip: str | None = None
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            ConfigError: for values that make no sense.
+            UnknownMethodError: for an unknown method.
+        """
+        for name in ("new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.method is not None:
+            pipeline.build(self.method, None if self.keep is None else parse_keep(self.keep))
+        elif self.keep is not None:
+            parse_keep(self.keep)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-ready, what answers depend on, sources of the methods included."""
+        source = identity_of(Setting(self.method)) if self.method else ""
+        return {**dataclasses.asdict(self), "source": source, "versions": versions()}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where it is done.
+
+    Attributes:
+        actors: that hold a model each.
+        gpus: of an actor; a share such as 0.5 puts two of them on one. None for one where the
+            cluster has any, and otherwise none.
+        cpus: of an actor; torch takes so many threads.
+        address: of a running cluster, or `auto`; None for one in this machine, that ends with the
+            run.
+    """
+
+    actors: int = 1
+    gpus: float | None = None
+    cpus: float = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ConfigError: for counts that make no sense.
+        """
+        if self.actors < 1 or self.cpus <= 0 or (self.gpus is not None and self.gpus < 0):
+            raise ConfigError(
+                f"{self.actors} actors with {self.cpus} CPUs and {self.gpus} GPUs each; allowed "
+                "are 1 or more actors, CPUs above 0 and GPUs of 0 or more."
+            )
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What an `Asker` wants to know."""
+
+    settings: tuple[Setting, ...]
+    positions: str
+    reuse_tower: bool = False
+
+
+class Actor:
+    """A patched model that answers batches of rows; Ray makes one in each actor."""
+
+    def __init__(self, plan: BatchPlan, device: str) -> None:
+        """Load the model and patch it.
+
+        Raises:
+            VLMCompressError: for a model or a method that cannot be.
+        """
+        from vlmcompress.cli.values import clip_of, load
+
+        self._plan = plan
+        model, processor = load(plan.model, plan.dtype, device)
+        clip = None if plan.clip is None else clip_of(plan.clip, model.device)
+        method = None
+        if plan.method is not None or plan.keep is not None:
+            options = {"processor": processor, "positions": plan.positions, "clip": clip}
+            keep: Any = plan.keep
+            with vlmcompress.patch(model, plan.method, keep=keep, **options) as handle:
+                method = handle.config.to_spec()
+        self._setting = Setting("full" if method is None else method)
+        asker = Asker(model, processor, _Setting((self._setting,), plan.positions), clip)
+        self._asker = asker.__enter__()  # until the actor ends
+
+    def __call__(self, batch: Any) -> Any:
+        """Answers of a batch of rows, both of them tables of Arrow."""
+        rows = batch.to_pylist()
+        told = [_told(row, one) for row, one in zip(rows, self._answers(rows), strict=True)]
+        arrow = require("pyarrow")
+        return arrow.Table.from_pylist(told, schema=parts.schema())
+
+    def _answers(self, rows: list[dict[str, Any]]) -> list[Answer | str]:
+        """An answer for each row, or why there is none."""
+        found: dict[int, Answer | str] = {}
+        asked: dict[int, Asked] = {}
+        for place, row in enumerate(rows):
+            try:
+                asked[place] = _asked(row)
+            except UnsupportedInputError as error:
+                found[place] = str(error)
+        while asked:
+            try:
+                ready = self._asker.batch([*asked.values()], [self._setting])
+                answers = self._asker.answers(
+                    ready, self._setting, self._plan.new_tokens, self._plan.seed
+                )
+            except Unusable as error:
+                for place, why in [([*asked][i], why) for i, why in error.why.items()]:
+                    found[place] = why
+                    del asked[place]
+            except VLMCompressError as error:
+                if len(asked) == 1:
+                    found[asked.popitem()[0]] = f"refused: {error}"
+                    continue
+                # Whichever it is of them fails alone.
+                return [self._answers([row])[0] for row in rows]
+            else:
+                found.update(zip(asked, answers, strict=True))
+                break
+        return [found[place] for place in range(len(rows))]
+
+
+def run(
+    source: str | Path,
+    folder: str | Path,
+    plan: BatchPlan,
+    cluster: Cluster | None = None,
+    *,
+    device: str = "auto",
+    kind: str = "jsonl",
+    part_rows: int = 1000,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask every row and keep every answer; rows that were answered or failed before are left out.
+
+    Args:
+        source: a JSONL or Parquet file, a folder with such, or a folder of pictures.
+        folder: of the answers; of this run alone.
+        plan: what is done with each row.
+        cluster: where; one actor in this machine if not given.
+        device: of the actors' models: `auto`, `cpu` or `cuda`.
+        kind: of the parts: `jsonl` or `parquet`.
+        part_rows: of a part at most.
+        progress: called with how many rows are done and how many there are.
+
+    Returns:
+        JSON-ready: `rows`, `asked` (by this run), `answered`, `failed`, mean `tokens` of those
+        answered, `seconds` and `actors`; also written to `summary.json`.
+
+    Raises:
+        ConfigError: for a source without rows, a folder of another run, or a model or method that
+            cannot be.
+        ResultsError: for a folder that another run writes to, or a full disk.
+        MissingExtraError: without Ray.
+    """
+    require("ray.data")
+    folder, cluster = Path(folder).resolve(), cluster or Cluster()
+    kept = parts.Parts(folder, kind, part_rows)
+    found = sources.open_source(Path(source).resolve())
+    with store.locked(folder):
+        store.claim(folder, {"common": plan.identity(), "tasks": found.identity, "settings": {}})
+        told = _Told()
+        done = bytearray(found.rows)
+        for row in kept.rows():
+            done[row["index"]] = 1
+            told.note(row)
+        before, start = told.rows, time.monotonic()
+        waiting = _waiting(found, done)
+        if progress:
+            progress(before, found.rows)
+        if waiting:
+            with kept, _ray(cluster):
+                for row in _asked_of(waiting, plan, cluster, device):
+                    kept.add(row)
+                    told.note(row)
+                    if progress:
+                        progress(told.rows, found.rows)
+        summary = {
+            "rows": found.rows,
+            "asked": told.rows - before,
+            **told.summary(),
+            "seconds": round(time.monotonic() - start, 3),
+            "actors": cluster.actors,
+        }
+        store.write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _waiting(found: sources.Source, done: bytearray) -> list[dict[str, Any]]:
+    """Chunks with rows that nobody has asked."""
+    chunks = []
+    for chunk in found.chunks:
+        places = range(chunk.first, chunk.first + chunk.count)
+        over = tuple(i for i in places if done[i])
+        if len(over) < chunk.count:
+            chunks.append(dataclasses.asdict(dataclasses.replace(chunk, done=over)))
+    return chunks
+
+
+def _asked_of(
+    chunks: list[dict[str, Any]], plan: BatchPlan, cluster: Cluster, device: str
+) -> Iterator[dict[str, Any]]:
+    """Answers, in the order in which they are ready."""
+    ray, data = require("ray"), require("ray.data")
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    gpus = cluster.gpus
+    if gpus is None:
+        has = ray.cluster_resources().get("GPU", 0) > 0
+        gpus = 1 if has and device != "cpu" else 0
+    device = device if device != "auto" else ("cuda" if gpus else "cpu")
+    rows = data.from_items(chunks, override_num_blocks=len(chunks))
+    rows = rows.flat_map(sources.read, fn_kwargs={"question": plan.question})
+    # Blocks of one batch: answers come as they are ready, and no actor waits for another.
+    batches = rows.repartition(target_num_rows_per_block=plan.batch)
+    answers = batches.map_batches(
+        Actor,
+        fn_constructor_args=(plan, device),
+        batch_size=plan.batch,
+        batch_format="pyarrow",
+        compute=data.ActorPoolStrategy(size=cluster.actors),
+        num_cpus=cluster.cpus,
+        num_gpus=gpus,
+    )
+    try:
+        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch.to_pylist()
+    except Exception as error:
+        raise _own(error) from error
+
+
+def _asked(row: Mapping[str, Any]) -> Asked:
+    """A row with its pictures open.
+
+    Raises:
+        UnsupportedInputError: for a row that cannot be asked.
+    """
+    if row["error"]:
+        raise UnsupportedInputError(row["error"])
+    pictures = [
+        Picture(file, name) for file, name in zip(row["pictures"], row["names"], strict=True)
+    ]
+    return Asked(row["question"], tuple(p.open() for p in pictures), tuple(row["names"]))
+
+
+def _told(row: Mapping[str, Any], answer: Answer | str) -> dict[str, Any]:
+    """What is kept of a row; every row has the same fields."""
+    about = {"index": int(row["index"]), "id": str(row["id"])}
+    if isinstance(answer, str):
+        return {**about, "answer": None, **dict.fromkeys(parts.COUNTS), "error": answer}
+    counts = {name: getattr(answer, name) for name in parts.COUNTS}
+    return {**about, "answer": answer.text, **counts, "error": None}
+
+
+class _Told:
+    """Sums over answers."""
+
+    def __init__(self) -> None:
+        self.rows = self.failed = 0
+        self._sums = dict.fromkeys(parts.COUNTS, 0)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        self.rows += 1
+        if row["error"] is not None:
+            self.failed += 1
+            return
+        for name in parts.COUNTS:
+            self._sums[name] += row[name]
+
+    def summary(self) -> dict[str, Any]:
+        answered = self.rows - self.failed
+        means = {name: total / max(1, answered) for name, total in self._sums.items()}
+        return {"answered": answered, "failed": self.failed, "tokens": means}
+
+
+@contextmanager
+def _ray(cluster: Cluster) -> Iterator[None]:
+    """Ray for the body: what runs already, a cluster at an address, or one in this machine."""
+    ray = require("ray")
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"address": cluster.address}
+    if cluster.address is None:
+        # One more for the tasks that read.
+        needed = int(-(-cluster.actors * cluster.cpus // 1)) + 1
+        options = {"num_cpus": max(needed, os.cpu_count() or 1), "include_dashboard": False}
+    ray.init(**options, log_to_driver=False, logging_level="ERROR")
+    logging.getLogger("ray.data").setLevel("ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own(error: BaseException) -> BaseException:
+    """The error of this library that Ray has wrapped, or what Ray raised."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, VLMCompressError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
