@@ -14,6 +14,7 @@ METHODS_ARGS ?=
 ADAPTERS_ARGS ?=
 LAYER_METHODS := fastv,pyramiddrop,sparsevlm,vscan_llm,topv,holitom_llm,prunevid_llm,random_layer,uniform_layer
 LAYER_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --keeps 0.1 --repeats 5 --warmup 1 --new-tokens 8
+NOTEBOOKS_ARGS ?=
 ATP_SEEDS ?= 0 1 2
 ATP_ARGS ?= --steps 400 --lambda-target 0.03 --questions 0
 COMMA := ,
@@ -22,7 +23,7 @@ RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
 
-.PHONY: support setup docs dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results adapters
+.PHONY: support setup docs notebooks dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results adapters
 
 setup: $(STAMP)
 
@@ -135,6 +136,10 @@ serve-results: $(VLLM)/.installed $(STAMP)  ## requests per second of an engine,
 
 readme: demo  ## pictures and tables of README.md and docs/ from results
 	$(BIN)/python scripts/readme.py --demo demo
+
+# Two minutes on one core. NOTEBOOKS_ARGS=--overwrite writes the outputs into them.
+notebooks: $(STAMP)  ## the notebooks, on the reference model
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(SINGLE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS_ARGS) notebooks
 
 docs: $(STAMP)  ## the documentation site, in build/site; broken links and docstrings fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

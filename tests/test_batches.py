@@ -221,6 +221,7 @@ def test_two_actors_finish_what_was_begun(
     """Rows that were answered are left out, a broken picture fails alone, and then all is done."""
     ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # otherwise they wait for all other tests
     words = ["batch", str(asked), "--out", str(tmp_path), "--method", "vtc_cls", "--keep", "0.1"]
     words += ["--new-tokens", "4", "--batch", "3", "--actors", "2", "--device", "cpu", "--json"]
     words += ["--format", "parquet", "--part-rows", "4"]

@@ -77,8 +77,8 @@ def test_shards_are_one_process_and_go_on_where_they_stopped(one: Path, tmp_path
     measured = ("--keep-checkpoints", "--questions", "4", "--eval-keeps", "0.1")
     accelerate(*SHARDS, *command(tmp_path, 2, *measured))
     assert_same(tmp_path, one)
-    results = json.loads((tmp_path / RESULTS).read_text())
-    assert results["measured"]["questions"] == 4
+    worlds = json.loads((tmp_path / RESULTS).read_text())["measured"]["worlds"]
+    assert {world["questions"] for world in worlds.values()} == {4}
     with load_adapter(load()[0], tmp_path) as handle:
         assert handle.config.trained_keep == (0.05, 0.5)
     # As if it had been stopped behind the step before the last.

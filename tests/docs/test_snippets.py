@@ -60,7 +60,12 @@ def check_contributing(space: dict[str, Any], said: str) -> None:
 def check_many_devices(space: dict[str, Any], said: str) -> None:
     assert space["handle"].last.tokens_after == (20,)
     assert space["ids"].shape[1] > space["inputs"]["input_ids"].shape[1]
-    assert type(space["model"]).__name__.startswith("FSDP")
+    space["handle"].remove()
+    with (
+        patch(space["model"], keep=0.1),  # behind the registration
+        pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"),
+    ):
+        space["model"].generate(**space["inputs"], max_new_tokens=1)
 
 
 def check_training(space: dict[str, Any], said: str) -> None:
