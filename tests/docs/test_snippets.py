@@ -60,12 +60,14 @@ def check_contributing(space: dict[str, Any], said: str) -> None:
 def check_many_devices(space: dict[str, Any], said: str) -> None:
     assert space["handle"].last.tokens_after == (20,)
     assert space["ids"].shape[1] > space["inputs"]["input_ids"].shape[1]
-    space["handle"].remove()
+    other = space["load"]()[0]
+    space["fully_shard"](other)
+    space["register_fsdp_forward_method"](other, "generate")
     with (
-        patch(space["model"], keep=0.1),  # behind the registration
-        pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"),
+        patch(other, keep=0.1),  # in the other order
+        pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"),
     ):
-        space["model"].generate(**space["inputs"], max_new_tokens=1)
+        other.generate(**space["inputs"], max_new_tokens=1)
 
 
 def check_training(space: dict[str, Any], said: str) -> None:
