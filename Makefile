@@ -137,7 +137,7 @@ serve-results: $(VLLM)/.installed $(STAMP)  ## requests per second of an engine,
 readme: demo  ## pictures and tables of README.md and docs/ from results
 	$(BIN)/python scripts/readme.py --demo demo
 
-# Two minutes on one core. NOTEBOOKS_ARGS=--overwrite writes the outputs into them.
+# Three minutes on one core. NOTEBOOKS_ARGS=--overwrite writes the outputs into them.
 notebooks: $(STAMP)  ## the notebooks, on the reference model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(SINGLE) $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 $(NOTEBOOKS_ARGS) notebooks
 
