@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from typer.testing import CliRunner
 
 from vlmcompress import patch
 from vlmcompress.cli import app
-from vlmcompress.core.errors import ConfigError, ResultsError, UnknownMethodError
+from vlmcompress.core.errors import (
+    ConfigError,
+    MissingExtraError,
+    MissingTextError,
+    ResultsError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
 from vlmcompress.integrations import ray as batches
 from vlmcompress.integrations import sources
 from vlmcompress.integrations.parts import Parts, schema
@@ -200,6 +208,19 @@ def test_without_a_method(asked: Path, keep: float | None, kept: int) -> None:
     assert table.column("visual_kept").to_pylist() == [kept] * 2
 
 
+def test_what_stops_all_rows_is_raised_and_not_kept(asked: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(read(asked)[:2])
+    with pytest.raises(UnsupportedModelError, match="cannot be loaded"):
+        Actor(BatchPlan(model="no/such folder"), "cpu")(table)
+    with pytest.raises(MissingTextError):
+        Actor(BatchPlan(method="cdpruner", keep=0.1), "cpu")(table)
+    wrapped = RuntimeError("by Ray")
+    wrapped.__cause__ = ConfigError("ours")
+    assert batches.own_error(wrapped) is wrapped.__cause__
+
+
 def test_plans_that_make_no_sense() -> None:
     with pytest.raises(UnknownMethodError, match="Did you mean 'divprune'"):
         BatchPlan(method="divprun", keep=0.1)
@@ -212,6 +233,12 @@ def test_plans_that_make_no_sense() -> None:
 
 
 # Ray
+
+
+def test_a_missing_ray_names_its_extra(asked: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"vlmcompress\[ray\]"):
+        batches.run(asked, tmp_path, PLAN)
 
 
 @pytest.mark.slow
@@ -240,7 +267,7 @@ def test_two_actors_finish_what_was_begun(
     assert len(list((tmp_path / "answers").glob("*.parquet"))) == 3
     assert not ray.is_initialized()
     # Nothing is left to do, so that Ray does not start.
-    monkeypatch.setattr(batches, "_ray", None)
+    monkeypatch.setattr(batches, "started", None)
     again = CliRunner().invoke(app, words)
     assert json.loads(again.stdout) == {**told, "asked": 0, "seconds": 0.0}
     other = CliRunner().invoke(app, [*words, "--keep", "0.2"])

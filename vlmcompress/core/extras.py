@@ -18,7 +18,6 @@ EXTRA_OF = {
     "peft": "train",
     "pyarrow": "eval",
     "rapidfuzz": "eval",
-    "ray": "ray",
     "scipy": "eval",
     "timm": "timm",
     "vector_quantize_pytorch": "vq",

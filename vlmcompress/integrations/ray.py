@@ -7,11 +7,8 @@ started it all keeps the answers as they come.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompr
 from vlmcompress.core.extras import require
 from vlmcompress.core.keep import parse_keep
 from vlmcompress.integrations import parts, sources
+from vlmcompress.integrations.cluster import Cluster, ray_of, started
 from vlmcompress.methods import pipeline
 
 SUMMARY = "summary.json"
@@ -81,37 +79,6 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Where it is done.
-
-    Attributes:
-        actors: that hold a model each.
-        gpus: of an actor; a share such as 0.5 puts two of them on one. None for one where the
-            cluster has any, and otherwise none.
-        cpus: of an actor; torch takes so many threads.
-        address: of a running cluster, or `auto`; None for one in this machine, that ends with the
-            run.
-    """
-
-    actors: int = 1
-    gpus: float | None = None
-    cpus: float = 1
-    address: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the counts.
-
-        Raises:
-            ConfigError: for counts that make no sense.
-        """
-        if self.actors < 1 or self.cpus <= 0 or (self.gpus is not None and self.gpus < 0):
-            raise ConfigError(
-                f"{self.actors} actors with {self.cpus} CPUs and {self.gpus} GPUs each; allowed "
-                "are 1 or more actors, CPUs above 0 and GPUs of 0 or more."
-            )
-
-
-@dataclass(frozen=True)
 class _Setting:
     """What an `Asker` wants to know."""
 
@@ -124,34 +91,48 @@ class Actor:
     """A patched model that answers batches of rows; Ray makes one in each actor."""
 
     def __init__(self, plan: BatchPlan, device: str) -> None:
-        """Load the model and patch it.
+        """Nothing is loaded before the first batch: what fails there stops the run with its reason.
+
+        Args:
+            plan: what is done with each row.
+            device: of the model.
+        """
+        self._plan, self._device = plan, device
+        self._ready: tuple[Asker, Setting] | None = None
+
+    def _made(self) -> tuple[Asker, Setting]:
+        """The patched model, and what it is asked under.
 
         Raises:
             VLMCompressError: for a model or a method that cannot be.
         """
         from vlmcompress.cli.values import clip_of, load
 
-        self._plan = plan
-        model, processor = load(plan.model, plan.dtype, device)
+        plan = self._plan
+        model, processor = load(plan.model, plan.dtype, self._device)
         clip = None if plan.clip is None else clip_of(plan.clip, model.device)
-        method = None
+        method = "full"
         if plan.method is not None or plan.keep is not None:
             options = {"processor": processor, "positions": plan.positions, "clip": clip}
             keep: Any = plan.keep
             with vlmcompress.patch(model, plan.method, keep=keep, **options) as handle:
                 method = handle.config.to_spec()
-        self._setting = Setting("full" if method is None else method)
-        asker = Asker(model, processor, _Setting((self._setting,), plan.positions), clip)
-        self._asker = asker.__enter__()  # until the actor ends
+        setting = Setting(method)
+        asker = Asker(model, processor, _Setting((setting,), plan.positions), clip)
+        return asker.__enter__(), setting  # until the actor ends
 
     def __call__(self, batch: Any) -> Any:
         """Answers of a batch of rows, both of them tables of Arrow."""
+        self._ready = self._ready or self._made()
         rows = batch.to_pylist()
-        told = [_told(row, one) for row, one in zip(rows, self._answers(rows), strict=True)]
+        answers = self._answers(rows, *self._ready)
+        told = [_told(row, one) for row, one in zip(rows, answers, strict=True)]
         arrow = require("pyarrow")
         return arrow.Table.from_pylist(told, schema=parts.schema())
 
-    def _answers(self, rows: list[dict[str, Any]]) -> list[Answer | str]:
+    def _answers(
+        self, rows: list[dict[str, Any]], asker: Asker, setting: Setting
+    ) -> list[Answer | str]:
         """An answer for each row, or why there is none."""
         found: dict[int, Answer | str] = {}
         asked: dict[int, Asked] = {}
@@ -162,10 +143,8 @@ class Actor:
                 found[place] = str(error)
         while asked:
             try:
-                ready = self._asker.batch([*asked.values()], [self._setting])
-                answers = self._asker.answers(
-                    ready, self._setting, self._plan.new_tokens, self._plan.seed
-                )
+                ready = asker.batch([*asked.values()], [setting])
+                answers = asker.answers(ready, setting, self._plan.new_tokens, self._plan.seed)
             except Unusable as error:
                 for place, why in [([*asked][i], why) for i, why in error.why.items()]:
                     found[place] = why
@@ -175,7 +154,7 @@ class Actor:
                     found[asked.popitem()[0]] = f"refused: {error}"
                     continue
                 # Whichever it is of them fails alone.
-                return [self._answers([row])[0] for row in rows]
+                return [self._answers([row], asker, setting)[0] for row in rows]
             else:
                 found.update(zip(asked, answers, strict=True))
                 break
@@ -215,7 +194,7 @@ def run(
         ResultsError: for a folder that another run writes to, or a full disk.
         MissingExtraError: without Ray.
     """
-    require("ray.data")
+    ray_of()
     folder, cluster = Path(folder).resolve(), cluster or Cluster()
     kept = parts.Parts(folder, kind, part_rows)
     found = sources.open_source(Path(source).resolve())
@@ -231,7 +210,7 @@ def run(
         if progress:
             progress(before, found.rows)
         if waiting:
-            with kept, _ray(cluster):
+            with kept, started(cluster):
                 for row in _asked_of(waiting, plan, cluster, device):
                     kept.add(row)
                     told.note(row)
@@ -263,7 +242,8 @@ def _asked_of(
     chunks: list[dict[str, Any]], plan: BatchPlan, cluster: Cluster, device: str
 ) -> Iterator[dict[str, Any]]:
     """Answers, in the order in which they are ready."""
-    ray, data = require("ray"), require("ray.data")
+    ray = ray_of()
+    data = ray.data
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = cluster.gpus
@@ -288,7 +268,7 @@ def _asked_of(
         for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
     except Exception as error:
-        raise _own(error) from error
+        raise own_error(error) from error
 
 
 def _asked(row: Mapping[str, Any]) -> Asked:
@@ -335,27 +315,7 @@ class _Told:
         return {"answered": answered, "failed": self.failed, "tokens": means}
 
 
-@contextmanager
-def _ray(cluster: Cluster) -> Iterator[None]:
-    """Ray for the body: what runs already, a cluster at an address, or one in this machine."""
-    ray = require("ray")
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"address": cluster.address}
-    if cluster.address is None:
-        # One more for the tasks that read.
-        needed = int(-(-cluster.actors * cluster.cpus // 1)) + 1
-        options = {"num_cpus": max(needed, os.cpu_count() or 1), "include_dashboard": False}
-    ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    logging.getLogger("ray.data").setLevel("ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _own(error: BaseException) -> BaseException:
+def own_error(error: BaseException) -> BaseException:
     """The error of this library that Ray has wrapped, or what Ray raised."""
     seen: BaseException | None = error
     while seen is not None:
