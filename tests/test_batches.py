@@ -18,10 +18,8 @@ from vlmcompress.cli import app
 from vlmcompress.core.errors import (
     ConfigError,
     MissingExtraError,
-    MissingTextError,
     ResultsError,
     UnknownMethodError,
-    UnsupportedModelError,
 )
 from vlmcompress.integrations import ray as batches
 from vlmcompress.integrations import sources
@@ -208,17 +206,19 @@ def test_without_a_method(asked: Path, keep: float | None, kept: int) -> None:
     assert table.column("visual_kept").to_pylist() == [kept] * 2
 
 
-def test_what_stops_all_rows_is_raised_and_not_kept(asked: Path) -> None:
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (BatchPlan(model="no/such folder"), "cannot be loaded"),
+        (BatchPlan(method="cdpruner", keep=0.1), "clip="),
+    ],
+)
+def test_what_no_row_can_be_asked_with_stops_the_run(asked: Path, plan: Any, why: str) -> None:
     import pyarrow as pa
 
-    table = pa.Table.from_pylist(read(asked)[:2])
-    with pytest.raises(UnsupportedModelError, match="cannot be loaded"):
-        Actor(BatchPlan(model="no/such folder"), "cpu")(table)
-    with pytest.raises(MissingTextError):
-        Actor(BatchPlan(method="cdpruner", keep=0.1), "cpu")(table)
-    wrapped = RuntimeError("by Ray")
-    wrapped.__cause__ = ConfigError("ours")
-    assert batches.own_error(wrapped) is wrapped.__cause__
+    told = Actor(plan, "cpu")(pa.Table.from_pylist(read(asked)[:2])).to_pylist()
+    with pytest.raises(ConfigError, match=why):
+        list(batches.checked([answer(7), *told]))
 
 
 def test_plans_that_make_no_sense() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from vlmcompress.integrations.cluster import Cluster, ray_of, started
 from vlmcompress.methods import pipeline
 
 SUMMARY = "summary.json"
+#: The index of what is no answer and stops the run; Ray would wrap an error, and lose its kind.
+_STOP = -1
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,12 @@ class Actor:
 
     def __call__(self, batch: Any) -> Any:
         """Answers of a batch of rows, both of them tables of Arrow."""
-        self._ready = self._ready or self._made()
         rows = batch.to_pylist()
-        answers = self._answers(rows, *self._ready)
+        try:
+            self._ready = self._ready or self._made()
+            answers = self._answers(rows, *self._ready)
+        except VLMCompressError as error:
+            rows, answers = [{"index": _STOP, "id": ""}], [str(error)]
         told = [_told(row, one) for row, one in zip(rows, answers, strict=True)]
         arrow = require("pyarrow")
         return arrow.Table.from_pylist(told, schema=parts.schema())
@@ -264,11 +269,20 @@ def _asked_of(
         num_cpus=cluster.cpus,
         num_gpus=gpus,
     )
-    try:
-        for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from batch.to_pylist()
-    except Exception as error:
-        raise own_error(error) from error
+    for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from checked(batch.to_pylist())
+
+
+def checked(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Answers as they come.
+
+    Raises:
+        ConfigError: where an actor says that it cannot work.
+    """
+    for row in rows:
+        if row["index"] == _STOP:
+            raise ConfigError(row["error"])
+        yield row
 
 
 def _asked(row: Mapping[str, Any]) -> Asked:
@@ -313,13 +327,3 @@ class _Told:
         answered = self.rows - self.failed
         means = {name: total / max(1, answered) for name, total in self._sums.items()}
         return {"answered": answered, "failed": self.failed, "tokens": means}
-
-
-def own_error(error: BaseException) -> BaseException:
-    """The error of this library that Ray has wrapped, or what Ray raised."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, VLMCompressError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
