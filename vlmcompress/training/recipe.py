@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from huggingface_hub.utils import yaml_dump
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from eval_harness.machine import environment
 from vlmcompress import hub
 from vlmcompress.core.errors import CheckpointError, ConfigError
+from vlmcompress.core.extras import require
 from vlmcompress.hub.folder import RECIPE, RESULTS
 from vlmcompress.training.plan import LoraPlan
 
@@ -160,6 +160,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     path = folder / RECIPE
     if not path.is_file():
         return {}
+    yaml = require("yaml")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
