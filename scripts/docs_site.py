@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while waiting:
         path = waiting.pop()
         if path not in found:
-            found[path] = _file(path, config)
+            found[path] = _file(path, config, address=_address(path))
         if found[path].is_documentation_page():
             waiting += [target for target in links(path) if target not in found]
     _refuse_twins(found.values())
@@ -74,6 +74,13 @@ def _named(nav: Any) -> Iterator[str]:
         return
     for entry in nav.values() if isinstance(nav, dict) else nav:
         yield from _named(entry)
+
+
+def _address(path: str) -> str | None:
+    """Of a folder's README whose address a page of docs/ has: below that page."""
+    folder, _, name = path.rpartition("/")
+    taken = name == "README.md" and (ROOT / "docs" / f"{folder}.md").is_file()
+    return f"{folder}/overview.md" if taken else None
 
 
 def _file(path: str, config: MkDocsConfig, *, address: str | None = None, **options: Any) -> File:
