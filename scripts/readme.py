@@ -299,14 +299,14 @@ def tune_region(results: dict[str, Any]) -> str:
 def engine_region(results: dict[str, Any]) -> str:
     """How answers of a real engine compare with those of transformers."""
     plan = results["plan"]
+    commits = sorted({case["commit"] or "unknown" for case in results["cases"]})
     return (
         f"{markdown(*served_tables.equality(results))}\n\n"
         f"Greedy answers of {plan['new_tokens']} tokens in float32 on both sides. Every answer is "
         f"equal up to the first step whose two best logits differ by less than {plan['close']:g}, "
         "and every prompt has the same number of tokens. "
         f"From [eval_harness/results/vllm.json](../eval_harness/results/vllm.json) "
-        f"(`make test-vllm`): commit {results['machine']['commit'] or 'unknown'}, "
-        f"{served_tables.versions(results)}."
+        f"(`make test-vllm`): commit {' and '.join(commits)}, {served_tables.versions(results)}."
     )
 
 

@@ -146,33 +146,41 @@ def main() -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     known = {case.name: case for case in CASES}
     chosen = list(known) if asked.cases is None else asked.cases.split(",")
+    if unknown := sorted(set(chosen) - set(known)):
+        parser.error(f"unknown cases {', '.join(unknown)}; there are {', '.join(known)}")
     results: dict[str, Any] = {
         "weights": digest(WEIGHTS_DIR / "model.safetensors"),
         "machine": machine.environment(),
         "versions": versions(),
         "plan": {"new_tokens": NEW_TOKENS, "at_once": AT_ONCE, "close": CLOSE},
-        "refused": refusals.check(asked.work),
+        "refused": [],
         "cases": [],
     }
-    kept = _kept(asked.out, results) if asked.cases is not None else []
-    done = {f"{row['model']}:{row['method']}": row for row in kept}
+    if asked.cases is not None:
+        results |= _kept(asked.out, results)
+    else:
+        results["refused"] = refusals.check(asked.work)
+    done = {f"{row['model']}:{row['method']}": row for row in results["cases"]}
     for name in chosen:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        done[name] = run(known[name], asked.work, asked.prompts)
-        print(f"{name}: {done[name]}", file=sys.stderr, flush=True)
+        found = run(known[name], asked.work, asked.prompts)
+        done[name] = {**found, "commit": results["machine"]["commit"]}
+        print(f"{name}: {found}", file=sys.stderr, flush=True)
         results["cases"] = [done[name] for name in known if name in done]
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def _kept(file: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases of a results file of the same weights and versions."""
+def _kept(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What a results file of the same weights and versions says of refusals and cases."""
     if not file.exists():
-        return []
+        return {}
     found = json.loads(file.read_text(encoding="utf-8"))
-    same = all(found[key] == results[key] for key in ("weights", "versions", "plan"))
-    rows: list[dict[str, Any]] = found["cases"] if same else []
-    return rows
+    if any(found[key] != results[key] for key in ("weights", "versions", "plan")):
+        return {}
+    commit = found["machine"]["commit"]
+    rows = [{"commit": commit, **row} for row in found["cases"]]
+    return {"refused": found["refused"], "cases": rows}
 
 
 if __name__ == "__main__":
