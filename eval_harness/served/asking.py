@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from openai import OpenAI
 from PIL import Image
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """A question about a picture whose rows ([k, d]) are sent in its place."""
+
+    question: str
+    rows: Tensor
+
+    def messages(self, broken: bool = False) -> list[dict[str, Any]]:
+        """The chat as vLLM takes it (`--enable-mm-embeds`); nothing is ever cut off."""
+        file = io.BytesIO()
+        np.save(file, self.rows.float().numpy())
+        data = base64.b64encode(file.getvalue()).decode()
+        part = {"type": "image_embeds", "image_embeds": data}
+        return [{"role": "user", "content": [part, {"type": "text", "text": self.question}]}]
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came back.
 
@@ -50,7 +68,9 @@ def client(url: str) -> OpenAI:
     return OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
 
 
-def ask(api: Any, model: str, prompt: Prompt, new_tokens: int, broken: bool = False) -> Answer:
+def ask(
+    api: Any, model: str, prompt: Prompt | Embedded, new_tokens: int, broken: bool = False
+) -> Answer:
     """One greedy answer, which does not end early.
 
     Raises:

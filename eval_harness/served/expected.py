@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eval_harness.served.asking import Prompt
 from vlmcompress import patch
@@ -45,13 +46,28 @@ def answers(
         spec: method and budget; None for the unpatched model.
         new_tokens: at most, in each answer.
     """
+    model, processor = _loaded(folder)
+    model.generation_config.eos_token_id = None
+    handle = None if spec is None else patch(model, spec, positions="contiguous")
+    return [_answer(model, processor, handle, prompt, new_tokens) for prompt in prompts]
+
+
+@torch.no_grad()
+def encoded(folder: Path, prompt: Prompt, spec: str) -> Tensor:
+    """[k, d] rows of a prompt's only picture as the patched model's language model gets them."""
+    model, processor = _loaded(folder)
+    with patch(model, spec) as handle:
+        text = processor.image_token
+        inputs = processor(text=text, images=list(prompt.images), return_tensors="pt")
+        rows: Tensor = handle.encode(**inputs)["image"].pooler_output[0]
+    return rows
+
+
+def _loaded(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    processor = AutoProcessor.from_pretrained(folder)
-    handle = None if spec is None else patch(model, spec, positions="contiguous")
-    return [_answer(model, processor, handle, prompt, new_tokens) for prompt in prompts]
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ class Server:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--host", HOST, "--port", str(self._port)),
             *("--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 4}'),
+            "--enable-mm-embeds",
             *options,
         ]
         if overrides is not None:

@@ -95,6 +95,17 @@ class CompressedQwen2VL(qwen2_vl.Qwen2VLForConditionalGeneration):
         call = {"image_grid_thw": image_input["image_grid_thw"]}
         return self.serving.compress(units, call, self.serving.session())
 
+    def get_mm_lora_token_counts(
+        self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int
+    ) -> tuple[int, int | None]:
+        """Rows that LoRA in tower and merger meets, which are more than come out."""
+        if self.serving is not None and modality == "image" and mm_kwargs:
+            grid = mm_kwargs["image_grid_thw"].data
+            num_mm_embeds = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
+        return super().get_mm_lora_token_counts(
+            modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
+        )
+
     def iter_mm_grid_thw(self, mm_features: Any) -> Iterator[Any]:
         """Places of whatever is whole; all other tokens are numbered one by one."""
         merge = self.config.vision_config.spatial_merge_size**2

@@ -204,18 +204,22 @@ class Serving:
         by one. An engine has no way to fail one image that late: one whose features hold NaN keeps
         its first rows, which are as spoilt as the others, and the log says so.
         """
-        alone = [group.take_units(torch.tensor([i])) for i in range(len(group.features))]
-        if self.stage.method.stochastic and len(alone) > 1:
-            return [done for one in alone for done in self._run(one)]
+        several = len(group.features) > 1
+        if self.stage.method.stochastic and several:
+            return self._one_by_one(group)
         try:
             return run_stages([self.stage], [group], self._depth)
         except UnsupportedInputError as error:
-            if len(alone) > 1:
-                return [done for one in alone for done in self._run(one)]
+            if several:
+                return self._one_by_one(group)
             logger.error("An image was not compressed by %s: %s", self.stage.method.name, error)
             tile = None if group.tile is None else tuple(group.tile.tolist())
             k = self.tokens_kept(Layout(group.segments, tile))
             return [group.select(torch.arange(k, device=group.features.device)[None])]
+
+    def _one_by_one(self, group: VisualTokens) -> list[VisualTokens]:
+        alone = (group.take_units(torch.tensor([i])) for i in range(len(group.features)))
+        return [done for one in alone for done in self._run(one)]
 
 
 def servable(built: Pipeline) -> Stage:
