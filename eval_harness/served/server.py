@@ -48,7 +48,7 @@ class Server:
         overrides: Mapping[str, Any] | None = None,
         options: tuple[str, ...] = PLAIN,
         environment: Mapping[str, str] | None = None,
-        patience: float = 900.0,
+        patience: float = 3600.0,
     ) -> None:
         """Say what is served.
 
@@ -100,7 +100,7 @@ class Server:
         try:
             self._wait()
         except BaseException:
-            self._stop()
+            self._kill()
             raise
         return self
 
@@ -129,7 +129,7 @@ class Server:
                 time.sleep(0.5)
         raise ServerError(f"The server did not answer in {self._patience:.0f} s; see {self.log}.")
 
-    def _stop(self, grace: float = 60.0) -> None:
+    def _stop(self, grace: float = 600.0) -> None:
         process = self._process
         if process is None:
             return
@@ -137,11 +137,15 @@ class Server:
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self._kill()
             raise ServerError(
                 f"The server did not stop in {grace:.0f} s; see {self.log}."
             ) from None
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _free_port() -> int:
