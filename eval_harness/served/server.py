@@ -133,7 +133,7 @@ class Server:
         process = self._process
         if process is None:
             return
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
