@@ -78,11 +78,12 @@ pareto: $(STAMP)  ## accuracy against time over methods in the tower and after i
 	$(SINGLE) $(BIN)/vlmcompress pareto --clock cpu --out $(RESULTS)/pareto.json $(PARETO_ARGS)
 	$(BIN)/python scripts/readme.py
 
-# Ten minutes on two cores, with the thresholds of three trainings (ATP_SEEDS), which lie in build/.
+# Three quarters of an hour on two cores, with three trainings of thresholds (ATP_SEEDS), which lie
+# in build/.
 schedules-results: $(STAMP)  ## methods inside the language model at equal cost
 	for seed in $(ATP_SEEDS); do $(BIN)/vlmcompress train atp --out build/atp-$$seed --seed $$seed $(ATP_ARGS) || exit 1; done
-	$(BIN)/vlmcompress eval schedules --out eval_harness/results/schedules.json --adapters adapters/atp-reference
-	$(BIN)/vlmcompress eval adaptive --out eval_harness/results/adaptive.json --adapters $(subst $(SPACE),$(COMMA),$(ATP_SEEDS:%=build/atp-%))
+	$(BIN)/vlmcompress eval schedules --out eval_harness/results/schedules.json --questions 1000 --adapters adapters/atp-reference
+	$(BIN)/vlmcompress eval adaptive --out eval_harness/results/adaptive.json --validation 256 --trials 5 --adapters $(subst $(SPACE),$(COMMA),$(ATP_SEEDS:%=build/atp-%))
 	$(BIN)/python scripts/readme.py
 
 # Processor time of one thread, which other work on the machine hardly changes.
