@@ -22,6 +22,8 @@ SPACE := $(subst ,, )
 RESULTS := docs/assets
 # On a machine with a CUDA device: make support SUPPORT_OUT=docs/assets/support_gpu.json
 SUPPORT_OUT ?= $(RESULTS)/support.json
+# An environment of its own: lmms-eval asks for dozens of packages, some at one version only.
+LMMS := build/lmms/env
 
 .PHONY: support setup docs notebooks dist test-wheel import-time selection-time report-picture demo test test-matrix test-matrix-report lint bench results reference-results methods-results pareto readme retrieval-results schedules-results layer-times tune-results test-vllm serve-results adapters
 
@@ -37,7 +39,7 @@ demo: $(STAMP)  ## the pictures and the table of the README, offline
 	$(BIN)/vlmcompress demo --out demo
 
 test: $(STAMP)  ## everything but the full matrix and what needs a GPU
-	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix and not gpu" $(TEST_ARGS)
+	$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not matrix and not gpu and not lmms" $(TEST_ARGS)
 
 # Outcomes are appended to build/matrix as they come; what has passed with the same sources does
 # not run again. FRESH=1 forgets it, NEW=1 leaves out what passed on earlier sources, SHARD=1/4 runs a quarter (test-matrix-report joins them).
@@ -48,6 +50,20 @@ test-matrix: $(STAMP)  ## every method, family, kernel and dtype
 test-matrix-report: $(STAMP)  ## outcomes of the matrix into docs/assets/matrix.json and the docs
 	$(BIN)/python -m tests.matrix
 	$(BIN)/python scripts/readme.py
+
+# Torch and torchvision come from one index in one step, so that they match. Beside the installation
+# it takes a few minutes on two cores; what is downloaded is packages alone.
+.PHONY: test-lmms
+test-lmms: $(STAMP) $(LMMS)/.installed  ## lmms-eval end to end on the reference model, offline
+	$(SINGLE) $(LMMS)/bin/python -m pytest -m lmms $(TEST_ARGS) tests/lmms
+	$(SINGLE) $(LMMS)/bin/python -m eval_harness.lmms.equality --out eval_harness/results/lmms.json
+	$(BIN)/python scripts/readme.py
+
+$(LMMS)/.installed: pyproject.toml
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS)/bin/python -m pip install --quiet -e ".[eval,lmms]" pytest packaging
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -145,6 +145,33 @@ def picture_region(results: dict[str, Any]) -> str:
     )
 
 
+def lmms_region(results: dict[str, Any]) -> str:
+    """lmms-eval against `eval run`, sample by sample, and where it comes from."""
+    header = ["task", "setting", "questions", "score", "prompt tokens, mean", "of them visual"]
+    agreeing = ("answers", "scores", "tokens_in", "tokens_out")
+    rows = [
+        [
+            f"`{task}`",
+            f"`{setting}`",
+            str(cell["questions"]),
+            f"{100 * cell['score']:.1f} / {100 * cell['lmms_score']:.1f}",
+            f"{cell['tokens_in'][1]:.1f}",
+            f"{cell['visual_kept']:.0f}",
+            *(f"{cell[f'equal_{name}']} of {cell['questions']}" for name in agreeing),
+        ]
+        for task, cells in results["tasks"].items()
+        for setting, cell in cells.items()
+    ]
+    header += [f"equal {name.replace('_', ' ')}" for name in agreeing]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"The reference model in {results['plan']['dtype']} at batch size 1; scores in %, of "
+        f"`eval run` / of lmms-eval. {versions}. "
+        f"{_source('../eval_harness/results/lmms.json', results['machine'], 'make test-lmms')}"
+    )
+
+
 def import_region(results: dict[str, Any]) -> str:
     """What importing this library adds to importing transformers, and where it comes from."""
     header = ["imported", "on top of", "wall time, ratio", "processor time, ratio"]
@@ -410,6 +437,7 @@ REGIONS: tuple[tuple[str, str, Path, Callable[[dict[str, Any]], str]], ...] = (
     ("docs/benchmarking.md", "selection", ASSETS / "selection.json", selection_region),
     ("docs/serving.md", "engine", RESULTS / "vllm.json", engine_region),
     ("docs/serving.md", "load", RESULTS / "serving.json", load_region),
+    ("docs/evaluating.md", "lmms", RESULTS / "lmms.json", lmms_region),
     ("docs/bare-towers.md", "retrieval", ASSETS / "retrieval.json", retrieval_region),
 )
 

@@ -46,7 +46,15 @@ _COLUMNS = (
     "positions",
     "default",
 )
-_OPTIONAL = ("accelerate", "bitsandbytes", "datasets", "open_clip_torch", "peft", "vllm")
+_OPTIONAL = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "lmms_eval",
+    "open_clip_torch",
+    "peft",
+    "vllm",
+)
 
 
 @dataclass(frozen=True)

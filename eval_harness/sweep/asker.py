@@ -253,20 +253,13 @@ class Asker:
         visual = (prompt == self.model.config.image_token_id).sum(1).tolist()
         kept, layers = _counts(last, [len(sample.images) for sample in samples], visual)
         whole = inputs["attention_mask"].sum(1).tolist()
-        out = self._lengths(new)
+        out = lengths(new, self.model.generation_config.eos_token_id)
         return [
             Answer(
                 texts[i].strip(), whole[i] - visual[i] + kept[i], out[i], visual[i], kept[i], seen
             )
             for i, seen in enumerate(layers)
         ]
-
-    def _lengths(self, new: Tensor) -> list[int]:
-        """Tokens of each answer [B, L], the end included and what is behind it not."""
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor(ends if isinstance(ends, list) else [ends or -1])
-        ended = torch.isin(new, ends)
-        return [int(row.int().argmax()) + 1 if row.any() else len(row) for row in ended]
 
 
 def _counts(
@@ -280,3 +273,15 @@ def _counts(
     if not last.layer_tokens:
         return kept, [()] * len(images)
     return kept, [*zip(*last.layer_tokens, strict=True)]
+
+
+def lengths(new: Tensor, ends: int | Sequence[int] | None) -> list[int]:
+    """Tokens of each answer [B, L] on the CPU, the end included and what is behind it not.
+
+    Args:
+        new: generated ids.
+        ends: ids that end an answer.
+    """
+    stops = torch.tensor([-1] if ends is None else [ends] if isinstance(ends, int) else [*ends])
+    ended = torch.isin(new, stops)
+    return [int(row.int().argmax()) + 1 if row.any() else len(row) for row in ended]

@@ -27,7 +27,7 @@ PACKAGE = "vlmcompress"
 #: Parts of it whose files are all counted, imported or not.
 SHARED = ("core", "live", "families")
 #: Parts that no cell runs, though what it runs imports them where it is asked to load something.
-APART = ("hub",)
+APART = frozenset({"hub", "integrations"})
 #: What runs the cells, whose imports are followed. The lists (methods, families, exemptions) go in
 #: entry by entry instead, with what `matrix.py` makes of them.
 JUDGE = "tests/seam/checks.py"
@@ -83,7 +83,7 @@ def sources(method: str) -> tuple[Path, ...]:
     waiting = [*shared, *(path for root in roots for path in files_of(root))]
     while waiting:
         path = waiting.pop()
-        if path not in found and path.parent.name not in APART:
+        if path not in found and not APART.intersection(path.relative_to(ROOT).parts):
             found.add(path)
             waiting += [file for name in imported(path) for file in files_of(name)]
     return tuple(sorted(found))

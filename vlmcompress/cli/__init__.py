@@ -20,6 +20,7 @@ from vlmcompress.cli import (
     evaluation,
     generate,
     layerwise,
+    lmms,
     methods,
     pareto,
     reference,
@@ -49,7 +50,9 @@ app.command()(selection.bench_selection)
 app.command()(pareto.pareto)
 app.command()(report.report)
 app.command()(tune.tune)
+app.command()(lmms.lmms_path)
 evaluation.app.command()(sweep.run)
+evaluation.app.command()(lmms.published)
 evaluation.app.command()(retrieval.retrieval)
 evaluation.app.command()(layerwise.schedules)
 evaluation.app.command()(layerwise.adaptive)

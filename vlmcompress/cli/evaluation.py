@@ -7,11 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vlmcompress.cli.output import Json, emit, progress, table
 from vlmcompress.cli.values import REFERENCE, keep_of, location, words
 
-app = typer.Typer(no_args_is_help=True, help="Measure the methods against each other.")
+
+class _Evaluation(TyperGroup):
+    """`eval --published NAME` is `eval published NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's name in place of the option."""
+        if args[:1] == ["--published"]:
+            args = ["published", *args[1:]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Evaluation, no_args_is_help=True, help="Measure the methods against each other."
+)
 
 _SHOWN = 0.1
 

@@ -1,0 +1,1 @@
+"""Values that papers print, beside ours: `values` reads them, `run` measures ours by lmms-eval."""
