@@ -30,10 +30,11 @@ COMMANDS = (
     "bench-selection",
     "pareto",
     "report",
+    "lmms-path",
 )
 GROUPS = {
     "calibrate": ("fitprune", "early_exit"),
-    "eval": ("methods", "run", "retrieval"),
+    "eval": ("methods", "run", "retrieval", "published"),
     "reference": ("train", "eval", "study"),
 }
 

@@ -28,6 +28,7 @@ THROUGH_TRANSFORMERS = {
 #: and that which looks for Ray, whose name is that of a module of this library, too.
 HOSTS = {
     "vlmcompress/integrations/cluster.py": {"ray"},
+    "vlmcompress/integrations/lmms_eval/": {"accelerate", "lmms_eval"},
     "vlmcompress/integrations/vllm/": {"vllm"},
     "eval_harness/served/": {"openai", "vllm"},
 }
@@ -110,7 +111,8 @@ def test_every_extra_brings_its_packages():
     listed = {(extra, package) for extra, packages in extras().items() for package in packages}
     used = {(extra, DISTRIBUTION_OF.get(name, name)) for name, extra in EXTRA_OF.items()}
     assert used <= listed
-    assert {package for _, package in listed - used} == {*THROUGH_TRANSFORMERS, "ray", "vllm"}
+    through_others = {*THROUGH_TRANSFORMERS, "lmms-eval", "ray", "vllm"}
+    assert {package for _, package in listed - used} == through_others
 
 
 def test_the_names_of_distributions_are_right():

@@ -24,7 +24,7 @@ PACKAGES = ("vlmcompress", "eval_harness")
 LIMIT = 20 * 2**20
 
 #: Suffixes of what belongs into the packages; the empty one is of LICENSE, METADATA and the like.
-SUFFIXES = {".jinja", ".json", ".md", ".py", ".safetensors", ".txt", ".typed", ""}
+SUFFIXES = {".jinja", ".json", ".md", ".py", ".safetensors", ".txt", ".typed", ".yaml", ""}
 
 pytestmark = pytest.mark.slow
 
