@@ -157,6 +157,11 @@ def _started(command, folder):
     return process
 
 
+def _heed_interrupts():
+    """A shell that starts jobs in the background has them and their children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_signals_lose_nothing(tmp_path, reference_folder, run):
     """Killed, then interrupted, then run to its end: as if nothing had happened."""
@@ -172,6 +177,7 @@ def test_signals_lose_nothing(tmp_path, reference_folder, run):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_heed_interrupts,
     )
     time.sleep(0.5)
     deadline = time.monotonic() + 300
