@@ -67,7 +67,9 @@ class VLMCompress(lmms):
         """
         super().__init__()
         for name in unknown_ones:
-            raise ConfigError(unknown("model argument", name, VLMCompress.__init__.__kwdefaults__))
+            raise ConfigError(
+                unknown("model argument", name, VLMCompress.__init__.__kwdefaults__ or {})
+            )
         options = Options(pretrained, method, keep, adapter, positions, seed, clip)
         self.batch_size = _whole("batch_size", batch_size)
         self.accelerator = Accelerator()
@@ -190,7 +192,7 @@ def _decoding(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _log(calls: Sequence[Generated], requests: int) -> None:
     seconds, tokens = sum(c.seconds for c in calls), sum(sum(c.written) for c in calls)
-    more = {"total_requests": requests}
+    more: dict[str, float] = {"total_requests": requests}
     if calls:
         more["model_ttft"] = sum(call.ttft for call in calls) / len(calls)
     log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, additional_metrics=more)
