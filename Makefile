@@ -98,7 +98,7 @@ pareto: $(STAMP)  ## accuracy against time over methods in the tower and after i
 # in build/.
 schedules-results: $(STAMP)  ## methods inside the language model at equal cost
 	for seed in $(ATP_SEEDS); do $(BIN)/vlmcompress train atp --out build/atp-$$seed --seed $$seed $(ATP_ARGS) || exit 1; done
-	$(BIN)/vlmcompress eval schedules --out eval_harness/results/schedules.json --questions 1000 --adapters adapters/atp-reference
+	$(BIN)/vlmcompress eval schedules --out eval_harness/results/schedules.json --parts eval_harness/results/schedules.parts --questions 1000 --adapters adapters/atp-reference
 	$(BIN)/vlmcompress eval adaptive --out eval_harness/results/adaptive.json --validation 256 --trials 5 --adapters $(subst $(SPACE),$(COMMA),$(ATP_SEEDS:%=build/atp-%))
 	$(BIN)/python scripts/readme.py
 
