@@ -12,11 +12,11 @@ from vlmcompress.cli.values import words
 from vlmcompress.core.errors import ConfigError
 
 
-def lmms_path() -> None:
+def lmms_path(as_json: Json = False) -> None:
     """Print the folder with the library's tasks, for lmms-eval's --include_path."""
     from vlmcompress.integrations.lmms_eval import TASKS
 
-    typer.echo(TASKS)
+    emit({"path": str(TASKS)}, str(TASKS), as_json)
 
 
 def published(
