@@ -339,6 +339,19 @@ def test_other_questions_are_no_comparison(change):
         equality.side_by_side(ours, theirs)
 
 
+def test_the_committed_comparison_is_equal_and_of_compressed_prompts():
+    results = json.loads((ROOT / "eval_harness/results/lmms.json").read_text(encoding="utf-8"))
+    cells = [cell for cells in results["tasks"].values() for cell in cells.values()]
+    assert results["equal"]
+    assert all(map(equality.is_equal, cells))
+    for cells in results["tasks"].values():
+        full, short = cells.values()
+        assert full["tokens_in"][1] - short["tokens_in"][1] == pytest.approx(
+            full["visual_kept"] - short["visual_kept"]
+        )
+        assert short["visual_kept"] < full["visual_kept"]
+
+
 def test_an_outcome_gives_scores_only():
     outcome = Outcome({"results": {"x": {"alias": "x", "a,none": 1, "b,strict": 2.5}}}, {})
     assert outcome.scores("x") == {"a": 1, "b": 2.5}
