@@ -51,10 +51,11 @@ async def _timed(api: AsyncOpenAI, model: str, prompt: Prompt, new_tokens: int) 
         temperature=0,
         max_tokens=new_tokens,
         stream=True,
-        extra_body={"ignore_eos": True},
+        # Every token must show, so that the first and the last can be seen.
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )
     async for chunk in stream:
-        if first is None and chunk.choices and chunk.choices[0].delta.content is not None:
+        if first is None and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter()
     last = time.perf_counter()
     return Timing((first or last) - began, last - began)
@@ -64,16 +65,16 @@ async def _at_once(
     url: str, model: str, asked: Sequence[Prompt], concurrency: int
 ) -> tuple[float, list[Timing]]:
     """Seconds of everything and of each request, never more than some at once."""
-    api = AsyncOpenAI(base_url=url, api_key="none", timeout=1800, max_retries=0)
     room = asyncio.Semaphore(concurrency)
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=1800, max_retries=0) as api:
 
-    async def one(prompt: Prompt) -> Timing:
-        async with room:
-            return await _timed(api, model, prompt, NEW_TOKENS)
+        async def one(prompt: Prompt) -> Timing:
+            async with room:
+                return await _timed(api, model, prompt, NEW_TOKENS)
 
-    began = time.perf_counter()
-    timings = await asyncio.gather(*map(one, asked))
-    return time.perf_counter() - began, list(timings)
+        began = time.perf_counter()
+        timings = await asyncio.gather(*map(one, asked))
+        return time.perf_counter() - began, list(timings)
 
 
 def measure(url: str, model: str, asked: Sequence[Prompt], concurrency: int) -> dict[str, float]:
