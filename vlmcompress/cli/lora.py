@@ -66,6 +66,10 @@ def lora(
     ] = "all",
     connector: Annotated[str, typer.Option(help="none, lora or full.")] = "none",
     train_parts: Annotated[bool, typer.Option(help="Train what methods learn along.")] = False,
+    align: Annotated[
+        int,
+        typer.Option(help="First steps in which compressors are pulled to the connector's rows."),
+    ] = 0,
     target: Annotated[
         float | None,
         typer.Option(help="For atp with --train-parts: mean over layers of the share wanted."),
@@ -132,6 +136,7 @@ def lora(
         targets=targets,
         connector=connector,
         train_parts=train_parts,
+        align=align,
         target=target,
         rate=lr,
         connector_rate=connector_lr,

@@ -21,6 +21,7 @@ from vlmcompress.families.connectors import connector_name
 from vlmcompress.live.install import outer_model
 from vlmcompress.live.patch import patch
 from vlmcompress.training import recipe, sharding
+from vlmcompress.training.aligning import Fading
 from vlmcompress.training.conversations import Collator
 from vlmcompress.training.data import Source
 from vlmcompress.training.loop import CHECKPOINTS, Budget, Follow, Loop, curve, latest_checkpoint
@@ -113,6 +114,8 @@ def train(
     ):
         objective = Objective(plan.distil, plan.temperature, plan.target)
         trainee = Trainee(tuned, handle, objective, train_parts=plan.train_parts)
+        if plan.align:
+            trainee.check_alignable()
         budget = Budget(handle, plan.keep, plan.seed)
         loop = Loop(
             trainee,
@@ -120,7 +123,7 @@ def train(
             args=arguments,
             data_collator=collator,
             train_dataset=source.stream(plan.steps, size, plan.seed),
-            callbacks=[budget, Follow(folder, budget, progress)],
+            callbacks=[budget, Fading(trainee, plan.align), Follow(folder, budget, progress)],
         )
         sharded = sharding.prepare(loop)
         loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

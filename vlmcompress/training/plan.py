@@ -34,6 +34,8 @@ class LoraPlan:
         connector: whether it is left alone (`none`), gets LoRA (`lora`) or is trained itself
             (`full`).
         train_parts: whether what methods learn is trained along.
+        align: first steps in which rows of trained compressors are pulled to the model's own, see
+            `aligning`; the pull fades along a line.
         target: for thresholds that learn how much they let through: wanted mean over layers.
         rate: peak learning rate of LoRA; it rises over `warmup` steps and falls along a cosine.
         connector_rate: the same of a connector that is trained itself.
@@ -63,6 +65,7 @@ class LoraPlan:
     targets: str = "all"
     connector: str = "none"
     train_parts: bool = False
+    align: int = 0
     target: float | None = None
     rate: float = 2e-4
     connector_rate: float = 2e-5
@@ -85,7 +88,7 @@ class LoraPlan:
         """
         for name in ("steps", "batch", "accumulate", "rank", "save_every", "log_every"):
             check_count("training", name, getattr(self, name))
-        for name in ("seed", "warmup"):
+        for name in ("seed", "warmup", "align"):
             check_count("training", name, getattr(self, name), 0)
         for name in ("rate", "connector_rate", "parts_rate", "clip"):
             check_number("training", name, getattr(self, name), 0, math.inf)
@@ -99,6 +102,11 @@ class LoraPlan:
         for name in ("precision", "stored"):
             check_choice("training", name, getattr(self, name), PRECISIONS)
         check_connector(self.connector)
+        if self.align and not self.train_parts:
+            raise ConfigError(
+                f"align is {self.align}, and the parts that it is for are not trained; give "
+                "train_parts, too."
+            )
         if self.save_every % self.log_every:
             raise ConfigError(
                 f"save_every is {self.save_every} and log_every {self.log_every}; the first must "

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from eval_harness.replay import repeated
 from vlmcompress.core.errors import CheckpointError, ConfigError
+from vlmcompress.live.encode import PIXEL_ARGUMENTS, has_pixels
+from vlmcompress.live.encoded import CompressedEncoding
 from vlmcompress.live.state import state_of
 from vlmcompress.methods.decoder.atp import budget_loss
 from vlmcompress.methods.pipeline import Pipeline
+from vlmcompress.training import aligning
 from vlmcompress.training.conversations import SHOWN
 from vlmcompress.training.distil import AnswerTokens, answer_losses
 
@@ -44,6 +47,7 @@ class Trainee(nn.Module):
     Attributes:
         model: the PEFT model; patched.
         parts: what methods learn, if it is trained along.
+        pull: weight of the distance between compressed rows and the model's own, see `aligning`.
         sums: what was met since `drain`, summed over tokens.
     """
 
@@ -58,6 +62,7 @@ class Trainee(nn.Module):
             )
         self.parts = nn.ModuleDict(learning).requires_grad_(True)
         self._handle, self._objective = handle, objective
+        self.pull = 0.0
         self.sums: Counter[str] = Counter()
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> Any:
@@ -74,8 +79,11 @@ class Trainee(nn.Module):
         answers = AnswerTokens.of(inputs.pop("labels"))
         shown = inputs.pop(SHOWN, None)
         teacher = self._taught(inputs, shown, answers) if self._objective.distil else None
-        student = answers.logits(self._logits(inputs, shown, answers))
+        seen = self._seen(inputs, shown, share=_shareable(_pipeline(self._handle)))
+        student = answers.logits(self._logits(inputs, seen, answers))
         extra = self._budget()  # of the student's pass, whose record the handle has now
+        if self.pull and seen is not None:
+            extra = extra + self.pull * self._apart(inputs, shown, seen)
         entropy, distance = answer_losses(
             student, answers.tokens, teacher, self._objective.temperature
         )
@@ -89,8 +97,24 @@ class Trainee(nn.Module):
         self, inputs: Mapping[str, Any], shown: Tensor | None, answers: AnswerTokens
     ) -> Tensor:
         """The same model's logits with everything kept and nothing learnt."""
+        with self._whole():
+            seen = self._seen(inputs, shown, share=True)
+            return answers.logits(self._logits(inputs, seen, answers))
+
+    def _apart(
+        self, inputs: Mapping[str, Any], shown: Tensor | None, seen: CompressedEncoding
+    ) -> Tensor:
+        """How far compressed images are from those of the model itself."""
+        with self._whole():
+            whole = self._seen(inputs, shown, share=True)
+        assert whole is not None  # there were images just before
+        return aligning.distance(seen.encoded, whole.encoded)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Everything is kept, nothing is learnt."""
         with torch.no_grad(), self._handle.disabled(), self._plain():
-            return answers.logits(self._logits(inputs, shown, answers))
+            yield
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
@@ -108,24 +132,36 @@ class Trainee(nn.Module):
                 self.model.train(training)
 
     def _logits(
-        self, inputs: Mapping[str, Any], shown: Tensor | None, answers: AnswerTokens
+        self, inputs: Mapping[str, Any], seen: CompressedEncoding | None, answers: AnswerTokens
     ) -> Tensor:
         """[B, C, V] at the columns that predict answers."""
-        call = dict(inputs) if shown is None else self._encoded_once(inputs, shown)
+        call = dict(inputs)
+        if seen is not None:
+            call = {name: value for name, value in call.items() if name not in PIXEL_ARGUMENTS}
+            call["mm_encoder_outputs"] = seen
         output = self.model(**call, use_cache=False, logits_to_keep=answers.columns)
         logits: Tensor = output.logits
         return logits
 
-    def _encoded_once(self, inputs: Mapping[str, Any], shown: Tensor) -> dict[str, Any]:
-        """The inputs with equal images gone through the tower once, where rows can share them."""
+    def _seen(
+        self, inputs: Mapping[str, Any], shown: Tensor | None, *, share: bool
+    ) -> CompressedEncoding | None:
+        """The images of a batch, where they are better encoded ahead of the pass.
+
+        Args:
+            inputs: of the model.
+            shown: [B] which image each row shows; None where that is not known.
+            share: whether equal images may go through the tower once.
+        """
         pixels = inputs.get("pixel_values")
-        if pixels is None or len(pixels) != len(shown) or not _shareable(_pipeline(self._handle)):
-            return dict(inputs)
-        images = shown.tolist()
-        first = [images.index(image) for image in range(max(images) + 1)]
-        made = self._handle.encode(pixel_values=pixels[first])
-        rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-        return {**rest, "mm_encoder_outputs": repeated(made, images)}
+        if share and pixels is not None and shown is not None and len(pixels) == len(shown):
+            images = shown.tolist()
+            first = [images.index(image) for image in range(max(images) + 1)]
+            return repeated(self._handle.encode(pixel_values=pixels[first]), images)
+        if self.pull and has_pixels(inputs):
+            encoded: CompressedEncoding = self._handle.encode(**inputs)
+            return encoded
+        return None
 
     def _budget(self) -> Tensor | float:
         """What thresholds that learn how much they let through add to the loss."""
@@ -149,6 +185,14 @@ class Trainee(nn.Module):
         for name, value in found.items():
             self.sums[name] += value.detach().double()  # type: ignore[assignment]
         self.sums["tokens"] += len(answers.tokens)
+
+    def check_alignable(self) -> None:
+        """See that compressed rows could be pulled to the model's own.
+
+        Raises:
+            ConfigError: when no trained weights make them.
+        """
+        aligning.check_alignable(_pipeline(self._handle))
 
     def drain(self) -> Tensor:
         """Sums of `answers`, `distil`, `right` and `tokens` so far ([4] float64), from 0 again."""

@@ -1,0 +1,139 @@
+"""Compressors pulled to the rows of the model's own connector: the distance, the loss, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_train_lora import SMALL
+from vlmcompress import patch
+from vlmcompress.core.errors import ConfigError
+from vlmcompress.live.encoded import Encoded
+from vlmcompress.reference import load
+from vlmcompress.training.aligning import Fading, distance
+from vlmcompress.training.conversations import Collator
+from vlmcompress.training.data import Scenes
+from vlmcompress.training.keeps import KeepRange
+from vlmcompress.training.lora import train, with_lora
+from vlmcompress.training.plan import LoraPlan
+from vlmcompress.training.trainee import Objective, Trainee
+
+# peft asks transformers by a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def encoded(rows: list[torch.Tensor], assigned: list[torch.Tensor | None]) -> Encoded:
+    kept = tuple(torch.arange(len(r)) for r in rows)
+    features: Any = rows if len({len(r) for r in rows}) > 1 else torch.stack(rows)
+    output = type("Output", (), {"pooler_output": features})()
+    lengths = tuple(len(r) for r in rows)
+    return Encoded(output, lengths, kept, ((),) * len(rows), tuple(assigned), (), 0)
+
+
+def test_the_distance_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(6, 4, generator=generator) for _ in range(2)]
+    made = [torch.randn(3, 4, generator=generator, requires_grad=True) for _ in range(2)]
+    # The last row of the first image stands for nothing; one token of the second went nowhere.
+    assigned = [torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([2, 0, -1, 1, 1, 2])]
+    wanted = [
+        (made[0][0], whole[0][[0, 1, 5]].mean(0)),
+        (made[0][1], whole[0][[2, 3, 4]].mean(0)),
+        (made[1][0], whole[1][1]),
+        (made[1][1], whole[1][[3, 4]].mean(0)),
+        (made[1][2], whole[1][[0, 5]].mean(0)),
+    ]
+    means = torch.stack([mean for _, mean in wanted])
+    squares = sum(((row - mean) ** 2).sum() for row, mean in wanted)
+    want = squares / ((means - means.mean(0)) ** 2).sum()
+    got = distance(encoded(made, assigned), encoded(whole, [None, None]))
+    torch.testing.assert_close(got, want)
+    got.backward()
+    assert made[0].grad is not None
+    assert not made[0].grad[2].any()
+    assert made[0].grad[:2].abs().sum() > 0
+
+
+def test_images_that_keep_different_counts() -> None:
+    """Their rows lie one behind the other."""
+    whole = [torch.randn(4, 3), torch.randn(4, 3)]
+    made = [whole[0].view(2, 2, 3).mean(1), whole[1].mean(0, keepdim=True)]
+    assigned = [torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.int64)]
+    flat = encoded(made, assigned)
+    flat.output.pooler_output = torch.cat(made)
+    assert distance(flat, encoded(whole, [None, None])) < 1e-12
+    assert distance(encoded(made, assigned), encoded(whole, [None, None])) < 1e-12
+
+
+def test_the_pull_fades() -> None:
+    trainee = type("Trainee", (), {"pull": 0.0})()
+    fading, seen = Fading(trainee, 4), []
+    for step in range(6):
+        fading.on_step_begin(None, type("State", (), {"global_step": step})(), None)
+        seen.append(trainee.pull)
+    assert seen == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokenpacker", "quecc"])
+def test_the_loss_has_the_distance(method: str) -> None:
+    """Also for methods that read the question, whose rows are those of one question."""
+    model, processor = load()
+    stream = Scenes().stream(1, 6, 0)
+    batch = Collator(processor)([stream[i] for i in range(6)])
+    tuned = with_lora(model, LoraPlan(rank=2))
+    handle = patch(tuned, method, keep=4, processor=processor)
+    trainee = Trainee(tuned, handle, Objective(), train_parts=True)
+    plain = trainee(**batch)["loss"]
+    trainee.pull = 0.5
+    pulled = trainee(**batch)["loss"]
+    call = {k: v for k, v in batch.items() if k not in ("labels", "shown")}
+    made = handle.encode(**call).encoded
+    with handle.disabled():
+        whole = handle.encode(**call).encoded
+    torch.testing.assert_close(pulled - plain, 0.5 * distance(made, whole), rtol=1e-3, atol=1e-4)
+    pulled.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainee.parts.parameters())
+
+
+@pytest.mark.slow
+def test_rows_come_closer(tmp_path: Path) -> None:
+    model, processor = load()
+    options: dict[str, Any] = {"keep": 4, "processor": processor, "seed": SMALL.seed}
+    stream = Scenes().stream(1, 8, 9)
+    pixels = Collator(processor)([stream[i] for i in range(8)])["pixel_values"]
+
+    def apart() -> float:
+        with torch.no_grad():
+            made = handle.encode(pixel_values=pixels).encoded
+            with handle.disabled():
+                whole = handle.encode(pixel_values=pixels).encoded
+            return float(distance(made, whole))
+
+    with patch(model, "tokenpacker", **options) as handle:
+        before = apart()
+    plan = dataclasses.replace(
+        SMALL, method="tokenpacker", keep=KeepRange(4, 4), train_parts=True, align=60, steps=24
+    )
+    plan = dataclasses.replace(plan, batch=4, accumulate=1, parts_rate=3e-3, distil=0.0)
+    trained = train(model, processor, tmp_path, plan, Scenes())
+    with patch(trained.model, "tokenpacker", **options) as handle:
+        [parts] = trained.parts.values()
+        handle.parts.load_state_dict(parts.state_dict())
+        after = apart()
+    assert math.isfinite(after)
+    assert after < 0.8 * before
+
+
+def test_align_where_nothing_could_be_aligned(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train_parts"):
+        LoraPlan(align=5)
+    plan = dataclasses.replace(SMALL, method="llava_mini", keep=KeepRange(4, 4))
+    plan = dataclasses.replace(plan, train_parts=True, align=5)
+    with pytest.raises(ConfigError, match="llava_mini"):
+        train(*load(), tmp_path, plan, Scenes())
