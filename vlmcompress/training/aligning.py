@@ -1,8 +1,10 @@
 """A start for compressors in the connector's place: rows like those that the language model knows.
 
 Drawn at random, such rows say nothing to a language model, and its answers hardly say which way to
-change them. What says it is the model's own connector: in the first steps each row is pulled to the
-mean of the rows that it stands for.
+change them. What says it is the model's own connector: in the first steps each row is pulled to one
+of the rows that it stands for, the one that is least like the rest of its image. (Their mean would
+be that of the background nearly everywhere, and what is to be told from it a small part of the
+distance.)
 """
 
 from __future__ import annotations
@@ -50,18 +52,18 @@ def check_alignable(pipeline: Pipeline) -> None:
 
 
 def distance(made: Encoded, whole: Encoded) -> Tensor:
-    """How far compressed rows are from the means of the rows that each stands for.
+    """How far compressed rows are from the rows that stand out where each of them stands.
 
     Args:
         made: compressed images; gradients go through their rows.
         whole: the same images with everything kept.
 
     Returns:
-        Sum of squares over that of the means around their own mean: 1 for rows that are all alike
+        Sum of squares over that of the wanted rows around their mean: 1 for rows that are all alike
         and in the middle.
     """
     pairs = [
-        _means(rows, of, assigned)
+        _pairs(rows, of, assigned)
         for rows, of, assigned in zip(
             _by_image(made), _by_image(whole), made.assignments, strict=True
         )
@@ -71,8 +73,8 @@ def distance(made: Encoded, whole: Encoded) -> Tensor:
     return (found - wanted).square().sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
-def _means(rows: Tensor, whole: Tensor, assigned: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows that stand for something, and what they stand for, in float32.
+def _pairs(rows: Tensor, whole: Tensor, assigned: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows that stand for something, and the row that each is wanted to be, in float32.
 
     Args:
         rows: [k, d].
@@ -82,12 +84,25 @@ def _means(rows: Tensor, whole: Tensor, assigned: Tensor | None) -> tuple[Tensor
     rows, whole = rows.float(), whole.detach().float()
     if assigned is None:
         return rows, whole
-    known = assigned >= 0
-    place = assigned[known]
-    sums = torch.zeros_like(rows).index_add(0, place, whole[known])
-    count = torch.bincount(place, minlength=len(rows))[:, None]
-    taken = count[:, 0] > 0
-    return rows[taken], sums[taken] / count[taken]
+    place = outstanding(whole, assigned, len(rows))
+    taken = place < len(whole)
+    return rows[taken], whole[place[taken]]
+
+
+def outstanding(whole: Tensor, assigned: Tensor, k: int) -> Tensor:
+    """[k] int64, of each group of rows the one farthest from the mean of all; n for empty groups.
+
+    Args:
+        whole: [n, d].
+        assigned: [n] group of each row, -1 for none.
+        k: groups.
+    """
+    n, known = len(whole), assigned >= 0
+    apart = (whole - whole.mean(0)).norm(dim=1)
+    most = apart.new_full((k,), -1.0).scatter_reduce(0, assigned[known], apart[known], "amax")
+    best = known & (apart == most[assigned.clamp_min(0)])
+    place = torch.arange(n, device=whole.device)[best]
+    return place.new_full((k,), n).scatter_reduce(0, assigned[best], place, "amin")
 
 
 def _by_image(encoded: Encoded) -> Sequence[Tensor]:
