@@ -31,6 +31,16 @@ class Shelved:
     found: Measurable
     command: str | None
 
+    @classmethod
+    def of(cls, folder: Path) -> Shelved:
+        """The adapter in a folder.
+
+        Raises:
+            ConfigError, CheckpointError: for what is none.
+        """
+        found = Measurable.of(folder)
+        return cls(folder.resolve().name, folder, found, recipe_of(folder).get("command"))
+
     @property
     def method(self) -> str:
         """Name of the method that decides how many tokens there are."""
@@ -55,6 +65,11 @@ class Shelved:
             return tokens if low <= tokens <= high else None
         tried = (share for share in (low, high, tokens / of) if low <= share <= high)
         return next((share for share in tried if count(share, of) == tokens), None)
+
+    def trained_for(self, keep: float | int | str) -> bool:
+        """Whether a budget lies inside what it was trained for."""
+        ends = self.found.trained_keep
+        return ends is not None and type(keep) is type(ends[0]) and ends[0] <= keep <= ends[1]
 
     def ends(self, of: int) -> set[int]:
         """Tokens at both ends of what it was trained for."""
@@ -89,12 +104,11 @@ def shelved(shelf: Path) -> list[Shelved]:
     found = []
     for folder in sorted(path for path in shelf.iterdir() if path.is_dir()):
         try:
-            adapter = Measurable.of(folder)
+            adapter = Shelved.of(folder)
         except (ConfigError, CheckpointError):
             continue  # not finished, or nothing of ours
-        if adapter.trained_keep is not None:
-            command = recipe_of(folder).get("command")
-            found.append(Shelved(folder.name, folder, adapter, command))
+        if adapter.found.trained_keep is not None:
+            found.append(adapter)
     if not found:
         raise ConfigError(f"{shelf} holds no adapter with a `trained_keep`; train one into it.")
     return found

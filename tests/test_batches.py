@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlmcompress import patch
+from tests.hub.adapters import PEFT_WARNING, with_lora
+from vlmcompress import hub, patch
 from vlmcompress.cli import app
 from vlmcompress.core.errors import (
     ConfigError,
@@ -204,6 +205,37 @@ def test_without_a_method(asked: Path, keep: float | None, kept: int) -> None:
 
     table = Actor(BatchPlan(keep=keep, new_tokens=2), "cpu")(pa.Table.from_pylist(read(asked)[:2]))
     assert table.column("visual_kept").to_pylist() == [kept] * 2
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+def test_under_an_adapter(asked: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    model, processor = load()
+    folder = tmp_path / "tenth"
+    with patch(with_lora(model), "vtc_cls", keep=0.1) as handle:
+        hub.save(handle, folder, trained_keep=(0.05, 0.1))
+        rows = read(asked)[:2]
+        want = []
+        for row in rows:
+            image = Image.open(io.BytesIO(row["pictures"][0])).convert("RGB")
+            text = prompt(processor, row["question"])
+            inputs = processor(text=text, images=image, return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            want.append(processor.batch_decode(new, skip_special_tokens=True)[0].strip())
+    plan = BatchPlan(adapter=str(folder), new_tokens=4)
+    table = Actor(plan, "cpu")(pa.Table.from_pylist(rows))
+    assert table.column("answer").to_pylist() == want
+    assert table.column("visual_kept").to_pylist() == [20] * 2
+    assert plan.identity()["source"] != BatchPlan(new_tokens=4).identity()["source"]
+
+    outside = Actor(BatchPlan(adapter=str(folder), keep=0.5), "cpu")
+    told = outside(pa.Table.from_pylist(rows)).to_pylist()
+    with pytest.raises(ConfigError, match="was trained for"):
+        list(batches.checked(told))
+    with pytest.raises(ConfigError, match="brings its own"):
+        BatchPlan(adapter=str(folder), method="divprune", keep=0.1)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.hub.adapters import PEFT_WARNING, with_lora
 from vlmcompress import demo as demos
+from vlmcompress import hub, patch
 from vlmcompress.cli import app
 from vlmcompress.cli.output import table
 from vlmcompress.cli.values import device_of, dtype_of, keep_of, words
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.methods import registry
-from vlmcompress.reference import KINDS, weights
+from vlmcompress.reference import KINDS, load, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -122,6 +124,19 @@ def test_generate_compresses(run, picture, tmp_path):
     assert found["method"] == "vtc_cls:0.1"
     assert isinstance(found["answer"], str)
     assert Image.open(overlay).size == (224, 224)
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+def test_generate_under_an_adapter(run, picture, tmp_path):
+    model, _ = load()
+    with patch(with_lora(model), "vtc_cls", keep=0.1) as handle:
+        hub.save(handle, tmp_path / "tenth", trained_keep=(0.05, 0.1))
+    asked = ("generate", "--image", picture, "--prompt", "Is there a red circle?")
+    options = ("--max-new-tokens", 2, "--device", "cpu", "--adapter", tmp_path / "tenth")
+    found = json.loads(run(*asked, *options, "--json").stdout)
+    assert (found["method"], found["tokens_after"]) == ("vtc_cls:0.1", [20])
+    assert "trained for" in run(*asked, *options, "--keep", 0.5, code=1).stderr
+    run(*asked, *options, "--method", "divprune", code=2)
 
 
 def test_generate_without_compression(run, picture):

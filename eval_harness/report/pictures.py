@@ -155,10 +155,11 @@ def _with_overlays(
     try:
         model, processor = load(name, common["dtype"], device)
         clip = common["clip"] and clip_of(common["clip"], device_of(device))
+        adapter = common.get("adapter")
         options = {"positions": common["positions"], "clip": clip, "processor": processor}
         with patch(model, "uniform", keep=1, **options) as handle:
             return [
-                replace(sample, overlays=_drawn(handle, processor, sample, asked))
+                replace(sample, overlays=_drawn(handle, processor, sample, asked, adapter))
                 for sample in shown
                 for asked in [found.get((sample.regression.task, sample.regression.index))]
             ]
@@ -170,7 +171,9 @@ def _refused(sample: Sample, error: Exception) -> dict[str, Shown]:
     return {fall.label: Shown(why=str(error)) for fall in sample.regression.falls}
 
 
-def _drawn(handle: Any, processor: Any, sample: Sample, asked: _Asked | None) -> dict[str, Shown]:
+def _drawn(
+    handle: Any, processor: Any, sample: Sample, asked: _Asked | None, adapter: Any
+) -> dict[str, Shown]:
     if asked is None or not asked.images:
         return {}
     from eval_harness.asking import prompt_of
@@ -179,15 +182,20 @@ def _drawn(handle: Any, processor: Any, sample: Sample, asked: _Asked | None) ->
     inputs = processor(text=[text], images=[list(asked.images)], return_tensors="pt")
     inputs = inputs.to(handle.model.device, handle.model.dtype)
     return {
-        fall.label: _overlay(handle, inputs, fall, asked.images[0])
+        fall.label: _overlay(handle, inputs, fall, asked.images[0], adapter)
         for fall in sample.regression.falls
     }
 
 
-def _overlay(handle: Any, inputs: Any, fall: Fall, image: Image) -> Shown:
+def _overlay(handle: Any, inputs: Any, fall: Fall, image: Image, adapter: Any) -> Shown:
     """The picture with everything dimmed that did not get to the last layer."""
+    method = fall.method
+    if adapter is not None and method == adapter["name"]:
+        if adapter["kind"] != "LoRA":  # LoRA has no say in which tokens stay
+            return Shown(why="what was kept depends on trained weights, which are not part of it")
+        method = adapter["method"]
     try:
-        handle.set(method=fall.method, keep=fall.keep, seed=fall.row["seed"])
+        handle.set(method=method, keep=fall.keep, seed=fall.row["seed"])
         with torch.no_grad():
             handle.model(**inputs, logits_to_keep=1)
         return Shown(data_uri(handle.overlay(image, layer=-1)))

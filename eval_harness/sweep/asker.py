@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from eval_harness.asking import FULL, Entry, prompt_of
 from eval_harness.replay import NoRecording, Recording, record, union
+from eval_harness.shelf import Shelved
 from eval_harness.stages import parts
-from eval_harness.sweep.plan import Setting
+from eval_harness.sweep.adapted import switchable
+from eval_harness.sweep.settings import Setting
 from vlmcompress.core.errors import UnsupportedModelError, VLMCompressError
 from vlmcompress.methods.base import Method
 
@@ -34,6 +36,10 @@ class Plan(Protocol):
     @property
     def reuse_tower(self) -> bool:
         """Whether the tower may run once for several settings."""
+
+    @property
+    def adapter(self) -> Shelved | None:
+        """Whose settings are among them."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,21 @@ class Asker:
         self._entries = {s: Entry.of(s.method) for s in plan.settings if s.compresses}
         self._exits = ExitStack()
         self._handle: Any = None
+        self._lora: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __enter__(self) -> Asker:
         from vlmcompress import patch
 
         options = {"processor": self.processor, "clip": self.clip, "positions": self.plan.positions}
-        self._handle = self._exits.enter_context(patch(self.model, "uniform", keep=1, **options))
+        with ExitStack() as made:
+            adapter = self.plan.adapter
+            if adapter is not None and adapter.found.lora:
+                self._lora = made.enter_context(switchable(self.model, adapter.folder))
+            self._handle = made.enter_context(patch(self.model, "uniform", keep=1, **options))
+            for setting in self.plan.settings:
+                if setting.adapter and setting.compresses:  # it fits the model, or nothing is asked
+                    self._handle.set(method=setting.method, keep=setting.keep)
+            self._exits = made.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -176,7 +191,7 @@ class Asker:
         Raises:
             VLMCompressError: where the library refuses the setting for this model or these inputs.
         """
-        with self.spent.on("model"):
+        with self.spent.on("model"), self._lora() if setting.adapter else nullcontext():
             if not setting.compresses:
                 inputs = batch.inputs if setting.method == FULL else self._blind(batch.samples)
                 with self._handle.disabled(), batch.recording.replayed():

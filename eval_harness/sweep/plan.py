@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from eval_harness.asking import BLIND, FULL, Entry
-from eval_harness.comparison import source
+from eval_harness.shelf import Shelved
 from eval_harness.sweep.naming import unknown
+from eval_harness.sweep.settings import Setting, settings_of
 from eval_harness.sweep.tasks import TaskConfig
-from vlmcompress.core.config import StageConfig
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.extras import require
-from vlmcompress.core.keep import parse_keep
-from vlmcompress.methods import pipeline
+from vlmcompress.hub.fetching import locate
 
-RANDOM = "random"
 POSITIONS = ("auto", "contiguous", "original")
 
 #: What the options of a sweep set for all its tasks.
 TASK_DEFAULTS = ("metric", "split", "limit", "prompt", "new_tokens")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method with what it keeps: one row of the table.
-
-    Attributes:
-        method: a name or a spec string; `full` is the model without a method, `blind` the model
-            without a picture.
-        keep: a fraction, a count or `auto`; None where the method says it itself.
-        against: what `random` keeps that this is compared with; None where no share can be told.
-        runs: how often it is asked, each time with another seed.
-    """
-
-    method: str
-    keep: float | int | str | None = None
-    against: float | int | str | None = None
-    runs: int = 1
-
-    @property
-    def label(self) -> str:
-        """`divprune:0.1`."""
-        return self.method if self.keep is None else f"{self.method}:{self.keep}"
-
-    @property
-    def compresses(self) -> bool:
-        """Whether there is a method at all."""
-        return self.method not in (FULL, BLIND)
 
 
 @dataclass(frozen=True)
@@ -69,6 +37,7 @@ class SweepPlan:
         clip: for methods that read the question, as `vlmcompress generate --clip` takes it.
         reuse_tower: run the vision tower once per picture instead of once per setting, where the
             model allows it; answers are the same but for rounding.
+        adapter: whose settings are among them.
     """
 
     model: str
@@ -80,6 +49,7 @@ class SweepPlan:
     seed: int = 0
     clip: str | None = None
     reuse_tower: bool = True
+    adapter: Shelved | None = None
 
     def __post_init__(self) -> None:
         """Check values.
@@ -93,99 +63,17 @@ class SweepPlan:
             raise ConfigError(f"positions is {self.positions!r}; use {', '.join(POSITIONS)}.")
         if not isinstance(self.batch, int) or self.batch < 1:
             raise ConfigError(f"batch is {self.batch!r}; it must be 1 or more.")
+        if self.adapter is not None and self.positions != self.adapter.found.positions:
+            raise ConfigError(
+                f"positions is {self.positions!r}, and {self.adapter.name} was trained with "
+                f"{self.adapter.found.positions!r}; give these."
+            )
 
     def identity(self) -> dict[str, Any]:
         """JSON-ready, what every answer depends on beside task and setting."""
         names = ("model", "dtype", "positions", "batch", "seed", "clip", "reuse_tower")
-        return {name: getattr(self, name) for name in names}
-
-
-def identity_of(setting: Setting) -> str:
-    """Hash of the files that define a setting's methods; empty without one."""
-    return source(setting.method) if setting.compresses else ""
-
-
-def settings_of(
-    methods: Sequence[Any], keeps: Sequence[float | int | str], *, seeds: int = 1
-) -> tuple[Setting, ...]:
-    """Every setting of a sweep, controls first.
-
-    Args:
-        methods: names and spec strings, or mappings with `method` and `keeps`; `blind` asks
-            without a picture. Specs that say how much stays are asked once, others at each keep.
-        keeps: of methods that name none.
-        seeds: runs of methods that draw numbers.
-
-    Raises:
-        ConfigError: for a setting given twice, a method without a budget, or `seeds` below 1.
-        UnknownMethodError: for an unknown method.
-    """
-    if not isinstance(seeds, int) or seeds < 1:
-        raise ConfigError(f"seeds is {seeds!r}; it must be 1 or more.")
-    asked = [one for method in methods for one in _expanded(method, keeps, seeds)]
-    labels = [setting.label for setting in asked]
-    twice = {label for label in labels if labels.count(label) > 1}
-    if twice:
-        raise ConfigError(f"Asked twice: {', '.join(sorted(twice))}; name every setting once.")
-    randoms = {s.keep: s for s in asked if s.method == RANDOM}
-    for keep in [s.against for s in asked if s.against is not None]:
-        randoms.setdefault(keep, Setting(RANDOM, keep, runs=seeds))
-    rest = [s for s in asked if s.method not in (FULL, RANDOM)]
-    return (Setting(FULL), *(dataclasses.replace(s, against=None) for s in randoms.values()), *rest)
-
-
-def _expanded(method: Any, keeps: Sequence[Any], seeds: int) -> list[Setting]:
-    name, own = _named(method)
-    if name in (FULL, BLIND):
-        return [Setting(name)]
-    entry = Entry.of(name)
-    runs = seeds if entry.stochastic else 1
-    try:
-        stages = pipeline.build(name).config.stages
-    except ConfigError:
-        pipeline.build(name, keep=1)  # what is wrong with it apart from the budget
-        budgets = [*(keeps if own is None else own)]
-        if not budgets:
-            raise ConfigError(
-                f"Method {name!r} does not say how much it keeps; give keeps, or write {name}:0.1."
-            ) from None
-        for keep in budgets:
-            pipeline.build(name, parse_keep(keep))
-        return [Setting(name, keep, _reached(name, keep), runs) for keep in budgets]
-    if own is not None:
-        raise ConfigError(f"Method {name!r} says how much it keeps, and so do its keeps {own}.")
-    return [Setting(name, None, _share(stages), runs)]
-
-
-def _named(method: Any) -> tuple[str, Sequence[Any] | None]:
-    if isinstance(method, str):
-        return method, None
-    if isinstance(method, Mapping) and set(method) <= {"method", "keeps"} and "method" in method:
-        keeps = method.get("keeps")
-        return str(method["method"]), [keeps] if isinstance(keeps, float | int | str) else keeps
-    raise ConfigError(
-        f"A method is {method!r}; allowed are a name, a spec string, and a mapping with 'method' "
-        "and 'keeps'."
-    )
-
-
-def _reached(name: str, keep: float | int | str) -> float | int | str | None:
-    if keep == "auto":  # how many that is differs by image
-        return None
-    return _share(pipeline.build(name, keep).config.stages)
-
-
-def _share(stages: Iterable[StageConfig]) -> float | int | None:
-    """What is left of an image behind all stages: a share or a count; None if content decides."""
-    kept = [stage.keep for stage in stages]
-    told = [keep for keep in kept if isinstance(keep, float | int)]
-    return reduce(_then, told) if len(told) == len(kept) else None
-
-
-def _then(before: float | int, keep: float | int) -> float | int:
-    if isinstance(keep, int):
-        return keep
-    return max(1, round(before * keep)) if isinstance(before, int) else before * keep
+        adapter = self.adapter and {"name": self.adapter.name, **self.adapter.describe()}
+        return {**{name: getattr(self, name) for name in names}, "adapter": adapter}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -208,17 +96,22 @@ def plan_of(options: Mapping[str, Any]) -> SweepPlan:
     """A sweep from options as a YAML file names them (docs/evaluating.md).
 
     Raises:
-        ConfigError: for unknown options (with near names) and values that make no sense.
+        ConfigError: for unknown options (with near names), values that make no sense, and an
+            adapter that is none.
         UnknownMethodError: for an unknown method.
     """
+    options = dict(options)
     plain = {field.name for field in dataclasses.fields(SweepPlan)} - {"settings"}
     _refuse_unknown("option", options, {*plain, *TASK_DEFAULTS, "methods", "keeps", "seeds"})
     defaults = {name: options[name] for name in TASK_DEFAULTS if name in options}
     tasks = tuple(_task(task, defaults) for task in _list(options.get("tasks", ())))
+    if options.get("adapter") is not None:
+        options["adapter"] = Shelved.of(locate(options["adapter"]))
     chosen = settings_of(
         _list(options.get("methods", ())),
         _list(options.get("keeps", ())),
         seeds=options.get("seeds", 1),
+        adapter=options.get("adapter"),
     )
     rest = {name: options[name] for name in plain - {"tasks"} if name in options}
     return SweepPlan(**{"model": "reference", **rest}, tasks=tasks, settings=chosen)

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval_harness import pairs, statistics
-from eval_harness.asking import FULL
 from eval_harness.sweep.metrics import metric_of
-from eval_harness.sweep.plan import RANDOM, Setting, SweepPlan
+from eval_harness.sweep.plan import SweepPlan
+from eval_harness.sweep.settings import RANDOM, Setting
 
 _TOKENS = ("tokens_in", "tokens_out", "visual_in", "visual_kept")
 _OVER_FULL, _OVER_RANDOM = "over_full", "over_random"
@@ -198,11 +198,13 @@ def _task(plan: SweepPlan, found: Mapping[Setting, _Column]) -> dict[str, Any]:
         random = next(
             (c for s, c in found.items() if (s.method, s.keep) == (RANDOM, setting.against)), None
         )
-        compared = setting.compresses
+        compared = setting.compresses or bool(setting.adapter)
         rows.append(
             {
                 **_row(setting, column, plan.seed),
-                _OVER_FULL: None if setting.method == FULL else _over(column, full, plan, compared),
+                _OVER_FULL: None
+                if setting == plan.settings[0]
+                else _over(column, full, plan, compared),
                 _OVER_RANDOM: _over(column, random, plan, compared) if random else None,
             }
         )
@@ -218,7 +220,7 @@ def _row(setting: Setting, column: _Column, seed: int) -> dict[str, Any]:
     there = column.answered
     kinds = sorted(set(column.kinds[there]) - {""})
     return {
-        "method": setting.method,
+        "method": setting.shown,
         "keep": setting.keep,
         "runs": setting.runs,
         "answered": int(there.sum()),

@@ -11,8 +11,9 @@ from eval_harness import machine
 from eval_harness.comparison import versions
 from eval_harness.sweep import results, store
 from eval_harness.sweep.asker import Asker
-from eval_harness.sweep.plan import SweepPlan, identity_of
+from eval_harness.sweep.plan import SweepPlan
 from eval_harness.sweep.processes import Processes
+from eval_harness.sweep.settings import identity_of
 from eval_harness.sweep.store import Answers
 from eval_harness.sweep.tasks import Task, open_task
 from eval_harness.sweep.worker import Worker, cells_of

@@ -12,9 +12,10 @@ from typing import Any
 
 from eval_harness.sweep.asker import Answer, Asked, Asker, Batch, Unusable
 from eval_harness.sweep.metrics import metric_of
-from eval_harness.sweep.plan import Setting, SweepPlan
+from eval_harness.sweep.plan import SweepPlan
 from eval_harness.sweep.processes import Processes
 from eval_harness.sweep.questions import Question
+from eval_harness.sweep.settings import Setting
 from eval_harness.sweep.store import Answers
 from eval_harness.sweep.tasks import Task
 from vlmcompress.core.errors import UnsupportedInputError, VLMCompressError
@@ -183,7 +184,7 @@ def _row(
         "id": question.id,
         "image_id": question.image_id,
         "kind": question.kind,
-        "method": cell.setting.method,
+        "method": cell.setting.shown,
         "keep": cell.setting.keep,
         "seed": seed,
         "metric": question.metric,

@@ -21,7 +21,8 @@ from eval_harness.stages import parts
 from eval_harness.sweep.asker import Asked as Shown
 from eval_harness.sweep.asker import Asker, Unusable
 from eval_harness.sweep.metrics import metric_of
-from eval_harness.sweep.plan import Setting, SweepPlan
+from eval_harness.sweep.plan import SweepPlan
+from eval_harness.sweep.settings import Setting
 from eval_harness.tune.budget import Budget, OutOfTime
 from eval_harness.tune.costs import Meter
 from eval_harness.tune.judge import HELD_OUT, SEARCH, Cost, Scores

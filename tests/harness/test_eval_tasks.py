@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from eval_harness.sweep.plan import Setting, plan_of, read_yaml, settings_of
+from eval_harness.sweep.plan import plan_of, read_yaml
 from eval_harness.sweep.questions import Picture
+from eval_harness.sweep.settings import Setting, settings_of
 from eval_harness.sweep.tasks import TaskConfig, open_task
 from vlmcompress.core.errors import ConfigError, UnknownMethodError, UnsupportedInputError
 from vlmcompress.reference import samples

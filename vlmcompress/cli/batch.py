@@ -26,6 +26,9 @@ def batch(
         str | None,
         typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A trained one in place of --method: a folder or a hub id.")
+    ] = None,
     question: Annotated[
         str | None, typer.Option(help="For pictures and rows that bring none.")
     ] = None,
@@ -68,6 +71,7 @@ def batch(
         model=model,
         method=method,
         keep=None if keep is None else keep_of(keep),
+        adapter=adapter,
         question=question,
         new_tokens=new_tokens,
         dtype=dtype,

@@ -27,6 +27,9 @@ def generate(
         str | None,
         typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A trained one in place of --method: a folder or a hub id.")
+    ] = None,
     clip: Annotated[
         str | None,
         typer.Option(
@@ -44,23 +47,34 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a model about a picture. Without --method and --keep nothing is compressed."""
+    """Ask a model about a picture. Without --method, --keep and --adapter nothing is compressed."""
     picture = _open(image)
     budget = None if keep is None else keep_of(keep)
-    if overlay is not None and method is None and budget is None:
-        raise typer.BadParameter("An overlay needs --method or --keep.", param_hint="--overlay")
-    if clip is not None and method is None:
-        raise typer.BadParameter("A CLIP model needs --method.", param_hint="--clip")
+    plain = method is None and budget is None and adapter is None
+    if method is not None and adapter is not None:
+        raise typer.BadParameter("An adapter brings its own method.", param_hint="--adapter")
+    if overlay is not None and plain:
+        raise typer.BadParameter(
+            "An overlay needs --method, --keep or --adapter.", param_hint="--overlay"
+        )
+    if clip is not None and method is None and adapter is None:
+        raise typer.BadParameter("A CLIP model needs --method or --adapter.", param_hint="--clip")
     loaded, processor = load(model, dtype, device)
-    results: dict[str, Any] = {"model": model, "method": None, "keep": None}
-    if method is None and budget is None:
+    results: dict[str, Any] = {"model": model, "adapter": adapter, "method": None, "keep": None}
+    if plain:
         answer = _ask(loaded, processor, picture, prompt, max_new_tokens)
         emit({**results, "answer": answer}, answer, as_json)
         return
-    from vlmcompress import patch
+    from vlmcompress import load_adapter, patch
 
-    text = None if clip is None else clip_of(clip, loaded.device)
-    with patch(loaded, method, keep=budget, processor=processor, clip=text) as handle:
+    options: dict[str, Any] = {"processor": processor}
+    options |= {} if budget is None else {"keep": budget}
+    options |= {} if clip is None else {"clip": clip_of(clip, loaded.device)}
+    with (
+        patch(loaded, method, **options)
+        if adapter is None
+        else load_adapter(loaded, adapter, **options)
+    ) as handle:
         answer = _ask(loaded, processor, picture, prompt, max_new_tokens)
         results |= {"keep": budget, "answer": answer, **_facts(handle)}
         if overlay is not None:

@@ -33,6 +33,10 @@ def run(
         str | None, typer.Option(help="Names or spec strings, separated by semicolons.")
     ] = None,
     keeps: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A trained adapter to ask as well: a folder or a hub id."),
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="Of rows that name none.")] = None,
     split: Annotated[str | None, typer.Option(help="Only rows of this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First questions of each task.")] = None,
@@ -70,6 +74,7 @@ def run(
         "tasks": None if tasks is None else words(tasks),
         "methods": None if methods is None else words(methods, ";"),
         "keeps": None if keeps is None else [keep_of(keep) for keep in words(keeps)],
+        "adapter": adapter,
         "metric": metric,
         "split": split,
         "limit": limit,

@@ -15,13 +15,15 @@ from typing import Any
 
 import vlmcompress
 from eval_harness.comparison import versions
+from eval_harness.shelf import Shelved
 from eval_harness.sweep import store
 from eval_harness.sweep.asker import Answer, Asked, Asker, Unusable
-from eval_harness.sweep.plan import Setting, identity_of
 from eval_harness.sweep.questions import Picture
+from eval_harness.sweep.settings import Setting, identity_of
 from vlmcompress.core.errors import ConfigError, UnsupportedInputError, VLMCompressError
 from vlmcompress.core.extras import require
 from vlmcompress.core.keep import parse_keep
+from vlmcompress.hub.fetching import locate
 from vlmcompress.integrations import parts, sources
 from vlmcompress.integrations.cluster import Cluster, ray_of, started
 from vlmcompress.methods import pipeline
@@ -38,7 +40,9 @@ class BatchPlan:
     Attributes:
         model: a hub id, a folder that every machine sees, or `reference`.
         method: a name or a spec string; the tower's default where there is a budget alone.
-        keep: its budget; without method and budget nothing is compressed.
+        keep: its budget; without method, budget and adapter nothing is compressed.
+        adapter: a trained one in place of the method: a folder that every machine sees, or a hub
+            id.
         question: of rows that bring none.
         new_tokens: longest answer.
         dtype: of the model; `auto` takes the checkpoint's.
@@ -51,6 +55,7 @@ class BatchPlan:
     model: str = "reference"
     method: str | None = None
     keep: float | int | str | None = None
+    adapter: str | None = None
     question: str | None = None
     new_tokens: int = 64
     dtype: str = "auto"
@@ -69,6 +74,11 @@ class BatchPlan:
         for name in ("new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.adapter is not None and self.method is not None:
+            raise ConfigError(
+                f"method is {self.method!r}, and the adapter {self.adapter!r} brings its own; give "
+                "one of them."
+            )
         if self.method is not None:
             pipeline.build(self.method, None if self.keep is None else parse_keep(self.keep))
         elif self.keep is not None:
@@ -77,7 +87,17 @@ class BatchPlan:
     def identity(self) -> dict[str, Any]:
         """JSON-ready, what answers depend on, sources of the methods included."""
         source = identity_of(Setting(self.method)) if self.method else ""
+        if (trained := self.trained()) is not None:
+            source = trained.digest
         return {**dataclasses.asdict(self), "source": source, "versions": versions()}
+
+    def trained(self) -> Shelved | None:
+        """The adapter.
+
+        Raises:
+            ConfigError, CheckpointError: for what is none.
+        """
+        return None if self.adapter is None else Shelved.of(locate(self.adapter))
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class _Setting:
     settings: tuple[Setting, ...]
     positions: str
     reuse_tower: bool = False
+    adapter: Shelved | None = None
 
 
 class Actor:
@@ -113,6 +134,11 @@ class Actor:
         plan = self._plan
         model, processor = load(plan.model, plan.dtype, self._device)
         clip = None if plan.clip is None else clip_of(plan.clip, model.device)
+        trained = plan.trained()
+        if trained is not None:
+            setting = _of_adapter(trained, plan.keep)
+            asked = _Setting((setting,), trained.found.positions, adapter=trained)
+            return Asker(model, processor, asked, clip).__enter__(), setting
         method = "full"
         if plan.method is not None or plan.keep is not None:
             options = {"processor": processor, "positions": plan.positions, "clip": clip}
@@ -164,6 +190,21 @@ class Actor:
                 found.update(zip(asked, answers, strict=True))
                 break
         return [found[place] for place in range(len(rows))]
+
+
+def _of_adapter(adapter: Shelved, keep: float | int | str | None) -> Setting:
+    """What an adapter is asked under.
+
+    Raises:
+        ConfigError: for a budget that it was not trained for, or none where it needs one.
+    """
+    if keep is not None and not adapter.trained_for(keep):
+        raise ConfigError(
+            f"keep is {keep!r}, and {adapter.name} was trained for {adapter.found.trained_keep}; "
+            "give a budget inside."
+        )
+    own = adapter.found.keeps
+    return Setting(adapter.found.trained, own[-1] if keep is None else keep, adapter=adapter.name)
 
 
 def run(
