@@ -50,7 +50,7 @@ class Case:
 
 CASES = (
     *(Case(model, method) for model in ("llava", "llava_next") for method in TESTED_METHODS),
-    *(Case("qwen2_vl", method) for method in OF_FEATURES),
+    *(Case(model, method) for model in ("qwen2_vl", "qwen2_5_vl") for method in OF_FEATURES),
     *(Case(way, "vtc_cls") for way in ("merged", "lora", "two_ranks")),
 )
 

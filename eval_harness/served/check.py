@@ -46,7 +46,7 @@ def prompts(model: str, n: int) -> list[Prompt]:
     made = []
     for i, sample in enumerate(samples("test", n)):
         image = sample.image
-        if model in ("llava_next", "qwen2_vl"):
+        if model in ("llava_next", "qwen2_vl", "qwen2_5_vl"):
             image = image.resize(_SIZES[i % len(_SIZES)])
         made.append(Prompt(sample.question, (image,)))
     return made

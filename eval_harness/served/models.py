@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,24 +98,47 @@ def llava_next(folder: Path) -> Path:
 
 def qwen2_vl(folder: Path) -> Path:
     """Qwen2-VL's architecture with drawn weights, small."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    tokenizer = _qwen_tokenizer()
+    tower = {"embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}
+    config = Qwen2VLConfig(**_qwen_config(tokenizer, tower))
+    return _qwen(folder, Qwen2VLForConditionalGeneration, config, Qwen2VLProcessor, tokenizer)
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL's architecture with drawn weights, small; windows are 4 x 4 tokens."""
     from transformers import (
-        PreTrainedTokenizerFast,
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLProcessor,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
     )
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    tokenizer = _qwen_tokenizer()
+    tower = {"hidden_size": 128, "out_hidden_size": 128, "intermediate_size": 256}
+    windows = {"window_size": 112, "fullatt_block_indexes": [2]}
+    config = Qwen2_5_VLConfig(**_qwen_config(tokenizer, {**tower, **windows}))
+    return _qwen(folder, Qwen2_5_VLForConditionalGeneration, config, Qwen2_5_VLProcessor, tokenizer)
+
+
+def _qwen_tokenizer() -> Any:
+    """The reference model's words with the markers of images."""
+    from transformers import PreTrainedTokenizerFast
 
     known = build_tokenizer()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=known.backend_tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left"
     )
     tokenizer.add_tokens(list(_QWEN_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def _qwen_config(tokenizer: Any, tower: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configurations of both architectures are given."""
     vocabulary = tokenizer.get_vocab()
     start, end, image, video = (vocabulary[each] for each in _QWEN_TOKENS)
-    config = Qwen2VLConfig(
-        text_config={
+    return {
+        "text_config": {
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -133,28 +156,30 @@ def qwen2_vl(folder: Path) -> Path:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config={
-            "depth": 3,
-            "embed_dim": 128,
-            "hidden_size": 128,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": 14,
-        },
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        tie_word_embeddings=False,
-    )
+        "vision_config": {"depth": 3, "num_heads": 4, "patch_size": 14, **tower},
+        "image_token_id": image,
+        "video_token_id": video,
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "tie_word_embeddings": False,
+    }
+
+
+def _qwen(
+    folder: Path, model_class: Any, config: Any, processor_class: Any, tokenizer: Any
+) -> Path:
+    """A folder with a model of drawn weights and its processor."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = Qwen2VLForConditionalGeneration(config)
+        model: Any = model_class(config)
     # The usual start gives logits that rounding can reorder.
     model.lm_head.weight.data.mul_(50)
     model.save_pretrained(folder)
     sizes = {"min_pixels": 56 * 56, "max_pixels": 448 * 448}
-    Qwen2VLProcessor(
+    processor_class(
         image_processor=Qwen2VLImageProcessor(**sizes),
         video_processor=Qwen2VLVideoProcessor(**sizes),
         tokenizer=tokenizer,
@@ -197,6 +222,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "llava": llava,
     "llava_next": llava_next,
     "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
 }
 
 #: What is measured under load, and in which precision.

@@ -263,7 +263,7 @@ EXEMPT: tuple[Exemption, ...] = (
     ),
     Exemption(
         "transformers offers no flex attention for this model",
-        family=("qwen2_vl", "glm4v", "kimi_k25"),
+        family=("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25"),
         kernel=("flex_attention",),
     ),
     Exemption(

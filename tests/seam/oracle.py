@@ -63,7 +63,9 @@ def default_positions(model: Any, call: Mapping[str, Any]) -> Tensor:
             input_ids=ids,
             inputs_embeds=torch.empty(*ids.shape, 0),
             image_grid_thw=call.get("image_grid_thw"),
+            video_grid_thw=None,
             attention_mask=call["attention_mask"],
+            past_key_values=None,
             mm_token_type_ids=call["mm_token_type_ids"],
         )
     start = 1 if model.config.model_type == "paligemma" else 0

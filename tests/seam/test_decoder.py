@@ -27,7 +27,10 @@ from vlmcompress.methods.decoder.uniform_layer import UniformLayer
 
 EXACT = 1e-5
 DROPS = "random_layer(layers=(1, 2)):0.25"
-FAMILIES = ("llava", "llava_siglip", "paligemma", "qwen2_vl", "glm4v", "kimi_k25", "aya_vision")
+FAMILIES = (
+    *("llava", "llava_siglip", "paligemma", "qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25"),
+    "aya_vision",
+)
 RAGGED = (Prompt(images=2, text=7), Prompt(images=1, text=9), Prompt(images=0, text=6))
 
 

@@ -151,7 +151,7 @@ def test_a_four_dimensional_mask_is_cut_on_both_axes():
 
 @torch.no_grad()
 def test_ragged_grids_are_grouped():
-    for family in ("qwen2_vl", "glm4v", "kimi_k25", "llava_pixtral"):
+    for family in ("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25", "llava_pixtral"):
         model = tiny.build(family)
         sizes = [(8, 12), (8, 8), (12, 8)]
         call = tiny.inputs(model, oracle.MIXED, image_sizes=sizes)

@@ -375,7 +375,7 @@ def test_sparse_attention_goes_where_rows_cannot(family):
         assert torch.equal(w.model(**w.call).logits, w.logits)
 
 
-@pytest.mark.parametrize("family", ["llava_pixtral", "qwen2_vl", "glm4v", "kimi_k25"])
+@pytest.mark.parametrize("family", ["llava_pixtral", "qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25"])
 def test_packed_towers_are_refused(family):
     model = tiny.build(family)
     with pytest.raises(UnsupportedModelError, match="acts inside the tower"):

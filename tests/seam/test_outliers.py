@@ -51,8 +51,12 @@ def lengths_by_token(family: str, model, call) -> Tensor:
         (rows,) = packed_rows(model, call)
         flat = norms[:, 1:].flatten()
         return torch.where(rows.isnan(), torch.nan, flat[rows.nan_to_num(0).long()])
-    if family in ("qwen2_vl", "glm4v"):  # the patches of a token follow each other
-        return norms.view(-1, 4).mean(1)
+    if family in ("qwen2_vl", "qwen2_5_vl", "glm4v"):  # the patches of a token follow each other
+        by_token = norms.view(-1, 4).mean(1)
+        if family == "qwen2_5_vl":  # and lie in windows of 2 x 2 tokens
+            _, h, w = (call["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+            return by_token.view(h // 2, w // 2, 2, 2).transpose(1, 2).flatten()
+        return by_token
     return norms[0]
 
 
@@ -62,6 +66,7 @@ FAMILIES = {
     "llava_next": "fastervlm",
     "paligemma": "received_attention",
     "qwen2_vl": "received_attention",
+    "qwen2_5_vl": "received_attention",
     "glm4v": "received_attention",
 }
 

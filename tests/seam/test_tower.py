@@ -328,6 +328,7 @@ def test_half_precision(family, name, dtype):
 REFUSED = {
     "llava_pixtral": "cannot be reduced between its blocks",
     "qwen2_vl": "packs images",
+    "qwen2_5_vl": "packs images",
     "glm4v": "packs images",
     "kimi_k25": "packs images",
     "ovis2": "cannot be reduced",

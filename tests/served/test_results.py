@@ -38,7 +38,7 @@ def test_every_method_was_compared_on_every_model():
     done = {(case["model"], case["method"]) for case in cases}
     for model in ("llava", "llava_next"):
         assert {method for name, method in done if name == model} == set(TESTED_METHODS)
-    assert {"qwen2_vl", "merged", "lora", "two_ranks"} <= {name for name, _ in done}
+    assert {"qwen2_vl", "qwen2_5_vl", "merged", "lora", "two_ranks"} <= {name for name, _ in done}
     for case in cases:
         assert case["prompts"] >= 200
         assert case["equal"] >= 0.99 * case["prompts"]

@@ -76,8 +76,9 @@ def test_llava_next(method, keep):
 
 
 @pytest.mark.parametrize("method", OF_FEATURES)
-def test_qwen2_vl(method):
-    model, batch = engine.images("qwen2_vl", 2, image_sizes=[(8, 12), (4, 4)])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen_vl(family, method):
+    model, batch = engine.images(family, 2, image_sizes=[(8, 12), (4, 4)])
     serving = Serving(model.config, Settings(f"{method}:0.3"))
     call = {"image_grid_thw": batch["image_grid_thw"]}
     with torch.no_grad():

@@ -39,7 +39,7 @@ UNSUPPORTED: tuple[str, ...] = tuple(configs.UNSUPPORTED_CONFIGS)
 """Families that `build` knows, without inputs."""
 
 RAGGED_GRID_FAMILIES: tuple[str, ...] = (
-    *("llava_pixtral", "qwen2_vl", "glm4v", "kimi_k25"),
+    *("llava_pixtral", "qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25"),
     *("llava_next", "llava_onevision"),
 )
 """Families whose images may differ in size within one batch (`image_sizes` of `inputs`)."""
@@ -48,13 +48,14 @@ Size = tuple[int, int]
 _DEFAULT_SIZES: dict[str, Size] = {
     "pixtral": (4, 6),
     "qwen2_vl": (8, 12),
+    "qwen2_5_vl": (8, 12),
     "glm4v": (8, 12),
     "kimi_k25": (8, 12),
     "llava_next": (3, 8),
     "llava_onevision": (3, 8),
 }
 _ANYRES = ("llava_next", "llava_onevision")
-_PATCHED = ("qwen2_vl", "glm4v", "kimi_k25")
+_PATCHED = ("qwen2_vl", "qwen2_5_vl", "glm4v", "kimi_k25")
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def _merge_size(model: PreTrainedModel) -> int:
     tower = model.config.vision_config
     return {
         "qwen2_vl": lambda: tower.spatial_merge_size,
+        "qwen2_5_vl": lambda: tower.spatial_merge_size,
         "glm4v": lambda: tower.spatial_merge_size,
         "kimi_k25": lambda: tower.merge_kernel_size[0],
         "ovis2": lambda: tower.hidden_stride,
@@ -273,7 +275,7 @@ def _token_types(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     match _kind(model):
         case "paligemma":  # zero: prefix, one: suffix
             return {"token_type_ids": torch.zeros_like(ids)}
-        case "qwen2_vl" | "glm4v":
+        case "qwen2_vl" | "qwen2_5_vl" | "glm4v":
             return {"mm_token_type_ids": (ids == configs.IMAGE).long()}
     return {}
 

@@ -131,6 +131,30 @@ def _qwen2_vl() -> PreTrainedConfig:
     )
 
 
+def _qwen2_5_vl() -> PreTrainedConfig:
+    tower = {
+        "depth": 6,
+        "hidden_size": WIDTH,
+        "out_hidden_size": TEXT_WIDTH,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "patch_size": PATCH,
+        # Windows of 2 x 2 tokens; what methods read by default is behind the second block.
+        "window_size": 4 * PATCH,
+        "fullatt_block_indexes": [2, 3, 4, 5],
+    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    return _config(
+        "qwen2_5_vl",
+        tower,
+        {**TEXT, "rope_parameters": rope},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
 def _glm4v() -> PreTrainedConfig:
     tower = {
         "depth": 6,
@@ -244,21 +268,6 @@ def _llava_onevision() -> PreTrainedConfig:
     )
 
 
-def _qwen2_5_vl() -> PreTrainedConfig:
-    tower = {
-        "depth": 6,
-        "hidden_size": WIDTH,
-        "out_hidden_size": TEXT_WIDTH,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "window_size": 4 * PATCH,
-        "fullatt_block_indexes": [2, 5],
-    }
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
-    return _config("qwen2_5_vl", tower, {**TEXT, "rope_parameters": rope}, image_token_id=IMAGE)
-
-
 def _internvl() -> PreTrainedConfig:
     tower = {**TOWER, "image_size": [40, 40], "patch_size": [PATCH, PATCH]}
     return _config("internvl", tower, _text("qwen2"), image_token_id=IMAGE, image_seq_length=25)
@@ -281,6 +290,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vipllava": _vipllava,
     "paligemma": _paligemma,
     "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
     "glm4v": _glm4v,
     "kimi_k25": _kimi_k25,
     "ovis2": _ovis2,
@@ -290,7 +300,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava_onevision": _llava_onevision,
 }
 UNSUPPORTED_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen2_5_vl": _qwen2_5_vl,
     "internvl": _internvl,
     "gemma3": _gemma3,
     "smolvlm": _smolvlm,

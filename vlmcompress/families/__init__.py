@@ -21,6 +21,7 @@ SUPPORTED: tuple[str, ...] = (
     "llava_onevision",
     "ovis2",
     "paligemma",
+    "qwen2_5_vl",
     "qwen2_vl",
     "vipllava",
 )

@@ -91,6 +91,10 @@ class Family:
         """Tower layers whose outputs the connector reads, side by side."""
         return (self.last_read_layer(base, call, depth),)
 
+    def whole_layers(self, base: nn.Module) -> frozenset[int] | None:
+        """Tower layers whose attention is over whole images; None for all."""
+        return None
+
     def grids(self, base: nn.Module, call: Mapping[str, Any], lengths: Sequence[int]) -> list[Grid]:
         """(h, w) in tokens of each image; square images unless a family says else.
 

@@ -103,7 +103,15 @@ def check_evidence(
             f"{names} send(s) the state of [CLS] through the connector, and the connector of this "
             f"{family.model_type} takes the patches of whole images; use faithful=False."
         )
-    Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+    read = Resolved.of(needs, len(tower.layers(family.tower_module(base))))
+    whole = family.whole_layers(base)
+    if whole is not None and (windowed := read.attention() - whole):
+        raise EvidenceError(
+            f"{names} read(s) the attention of tower layer {min(windowed)}, which is over windows "
+            f"of the image in this {family.model_type} model; layers "
+            f"{', '.join(map(str, sorted(whole)))} see all of it, so give the method one of them, "
+            "or use a method that needs none, such as 'divprune'."
+        )
 
 
 def _check_text(family: Family, base: nn.Module, built: Pipeline, clip: TextSource | None) -> None:

@@ -130,4 +130,9 @@ def default_method(family: Family, base: nn.Module) -> str:
     tower = family.tower(base)
     if tower is None:
         return "divprune"
-    return "vtc_cls" if tower.has_cls else "received_attention"
+    if tower.has_cls:
+        return "vtc_cls"
+    whole = family.whole_layers(base)
+    if whole is None:
+        return "received_attention"
+    return f"received_attention(layers={tuple(sorted(whole)[-2:])})"

@@ -83,6 +83,7 @@ def of_prompt(base: Any, call: Mapping[str, Any]) -> Tensor | None:
         input_ids=ids,
         # Only its shape is read.
         inputs_embeds=ids.new_empty((*ids.shape, 0), dtype=torch.float32),
+        past_key_values=None,
         **{name: call.get(name) for name in names},
     )
     return found

@@ -57,10 +57,13 @@ class Resolved:
             resolve(needs.states),
         )
 
+    def attention(self) -> frozenset[int]:
+        """Layers whose attention, or queries and keys, are read."""
+        return self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
+
     def all(self) -> frozenset[int]:
         """Every layer something is read from."""
-        attention = self.cls_layers | self.received_layers | self.key_layers | self.wide_layers
-        return attention | self.state_layers
+        return self.attention() | self.state_layers
 
 
 def run_stages(

@@ -20,7 +20,10 @@ from vlmcompress.integrations.vllm.settings import KEY, Settings
 SERVED = {
     "LlavaForConditionalGeneration": "vlmcompress.integrations.vllm.llava:CompressedLlava",
     "LlavaNextForConditionalGeneration": "vlmcompress.integrations.vllm.llava:CompressedLlavaNext",
-    "Qwen2VLForConditionalGeneration": "vlmcompress.integrations.vllm.qwen2_vl:CompressedQwen2VL",
+    "Qwen2VLForConditionalGeneration": "vlmcompress.integrations.vllm.qwen_vl:CompressedQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": (
+        "vlmcompress.integrations.vllm.qwen_vl:CompressedQwen25VL"
+    ),
 }
 #: Versions that `make test-vllm` has passed with; eval_harness/results/vllm.json is of the last.
 TESTED_VERSIONS = ("0.32.0",)
