@@ -15,8 +15,9 @@ import numpy as np
 
 from eval_harness import asking, comparison
 from eval_harness.asking import FULL, Asking, Cell, Entry, tokens_left
-from eval_harness.comparison import digest, source, subject, versions
+from eval_harness.comparison import digest, subject
 from eval_harness.paired import estimated, right_of
+from eval_harness.provenance import source, versions
 from eval_harness.resume import Part, measured
 from eval_harness.shelf import Shelved, shelved
 from vlmcompress import hub

@@ -6,13 +6,10 @@ so that a new method costs its own parts alone and every comparison is paired.
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from eval_harness import asking, machine
 from eval_harness.asking import BLIND_CELL, FULL, FULL_CELL, Asking, Cell
 from eval_harness.controls import ORACLES
 from eval_harness.paired import World
-from eval_harness.replay import built
+from eval_harness.provenance import source, versions
 from eval_harness.resume import Part, measured
 from eval_harness.speed import HOW, SpeedPlan, time_method
 from vlmcompress.core.errors import ConfigError, VLMCompressError
@@ -172,15 +169,6 @@ def compare(
     }
 
 
-def save(results: dict[str, Any], path: str | Path) -> Path:
-    """Write results as JSON, one line per list, folders included."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1)
-    path.write_text(re.sub(r"\s*\n\s*(?=[^\[\]{}]*\])", " ", text) + "\n", encoding="utf-8")
-    return path
-
-
 def question_parts(plan: Plan, weights: Path) -> list[Part]:
     """One part per world and method, and one per world for the model without a method."""
     shared = {
@@ -313,26 +301,6 @@ def describe(method: str) -> dict[str, Any]:
         return {"stage": "connector", "control": True}
     stages = pipeline.build(method, keep=1).templates
     return {"stage": " | ".join(m.stage for m in stages), "control": method in CONTROLS}
-
-
-def source(method: str) -> str:
-    """Hash of the files that define a method, without what they import; empty for controls."""
-    if method == FULL or method in ORACLES:
-        return ""
-    kinds = {type(stage) for stage in built(method).templates}
-    files = sorted({inspect.getfile(kind) for kind in kinds})
-    return sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    """Of what computes the answers."""
-    import torch
-    import transformers
-
-    import vlmcompress
-
-    modules = {"vlmcompress": vlmcompress, "torch": torch, "transformers": transformers}
-    return {name: module.__version__ for name, module in modules.items()}
 
 
 def _speed(plan: Plan, speed: SpeedPlan, timed: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from eval_harness.asking import FULL
-from eval_harness.comparison import RANDOM, ask_method, digest, source, subject, versions
+from eval_harness.comparison import RANDOM, ask_method, digest, subject
 from eval_harness.comparison import Plan as Questions
 from eval_harness.paired import estimated, right_of
+from eval_harness.provenance import source, versions
 from eval_harness.replay import built
 from eval_harness.resume import Part, measured
 from eval_harness.schedules import spent

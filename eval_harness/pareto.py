@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from eval_harness import statistics
-from eval_harness.comparison import source, versions
 from eval_harness.pareto_plan import PUBLISHED, Plan, Point, published
 from eval_harness.pareto_rounds import NOTHING, ask_round, time_round, tower_round
+from eval_harness.provenance import source, versions
 from eval_harness.resume import Part, measured
 from vlmcompress.core import keep as keeping
 from vlmcompress.core.errors import ConfigError

@@ -24,8 +24,9 @@ from vlmcompress.core.errors import (
 )
 from vlmcompress.integrations import ray as batches
 from vlmcompress.integrations import sources
+from vlmcompress.integrations.actor import Actor, checked
 from vlmcompress.integrations.parts import Parts, schema
-from vlmcompress.integrations.ray import Actor, BatchPlan, Cluster
+from vlmcompress.integrations.ray import BatchPlan, Cluster
 from vlmcompress.reference import load, prompt, samples
 
 COUNTS = {"tokens_in": 9, "tokens_out": 2, "visual_in": 196, "visual_kept": 20}
@@ -233,7 +234,7 @@ def test_under_an_adapter(asked: Path, tmp_path: Path) -> None:
     outside = Actor(BatchPlan(adapter=str(folder), keep=0.5), "cpu")
     told = outside(pa.Table.from_pylist(rows)).to_pylist()
     with pytest.raises(ConfigError, match="was trained for"):
-        list(batches.checked(told))
+        list(checked(told))
     with pytest.raises(ConfigError, match="brings its own"):
         BatchPlan(adapter=str(folder), method="divprune", keep=0.1)
 
@@ -250,7 +251,7 @@ def test_what_no_row_can_be_asked_with_stops_the_run(asked: Path, plan: Any, why
 
     told = Actor(plan, "cpu")(pa.Table.from_pylist(read(asked)[:2])).to_pylist()
     with pytest.raises(ConfigError, match=why):
-        list(batches.checked([answer(7), *told]))
+        list(checked([answer(7), *told]))
 
 
 def test_plans_that_make_no_sense() -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from eval_harness import machine
-from eval_harness.comparison import versions
 from eval_harness.lmms.runs import Run, go
+from eval_harness.provenance import versions
 from eval_harness.sweep.store import Answers, write_json
 from vlmcompress.core.errors import ResultsError
 from vlmcompress.integrations.lmms_eval import TASKS

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_harness import machine
-from eval_harness.comparison import versions
+from eval_harness.provenance import versions
 from eval_harness.sweep import results, store
 from eval_harness.sweep.asker import Asker
 from eval_harness.sweep.plan import SweepPlan

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 from eval_harness.asking import BLIND, FULL, Entry
-from eval_harness.comparison import source
+from eval_harness.provenance import source
 from eval_harness.shelf import Shelved
 from vlmcompress.core.config import StageConfig
 from vlmcompress.core.errors import ConfigError

@@ -15,7 +15,7 @@ import numpy as np
 from eval_harness import machine
 from eval_harness.asking import FULL
 from eval_harness.clock import Clock
-from eval_harness.comparison import source, versions
+from eval_harness.provenance import source, versions
 from eval_harness.resume import Part, measured
 from eval_harness.stages import parts
 from eval_harness.sweep.asker import Asked as Shown

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_harness import machine
-from eval_harness.comparison import versions
+from eval_harness.provenance import versions
 from eval_harness.sweep import store
 from eval_harness.tune import confirm, halving, space
 from eval_harness.tune.budget import ALL, COSTS, SEARCHED, Budget

@@ -11,10 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eval_harness import comparison, resume, tables
-from eval_harness.comparison import CONTROLS, Plan, compare, default_methods, save
+from eval_harness.comparison import CONTROLS, Plan, compare, default_methods
 from eval_harness.controls import ORACLES
 from eval_harness.paired import World
 from eval_harness.plots import plot_comparison
+from eval_harness.provenance import save, source
 from eval_harness.speed import SpeedPlan, time_method
 from scripts import readme
 from vlmcompress.cli import app
@@ -173,9 +174,9 @@ def test_only_what_changed_is_measured_again(seen, results, tmp_path, monkeypatc
 
 
 def test_a_part_belongs_to_the_methods_own_file():
-    hashes = {name: comparison.source(name) for name in ("vtc_cls", "divprune", VARIANT, *ORACLES)}
+    hashes = {name: source(name) for name in ("vtc_cls", "divprune", VARIANT, *ORACLES)}
     assert hashes["vtc_cls"] != hashes["divprune"]
-    assert hashes[VARIANT] == comparison.source("fastervlm")
+    assert hashes[VARIANT] == source("fastervlm")
     assert hashes["oracle"] == ""
 
 

@@ -79,7 +79,7 @@ def adapters(
     """
     from eval_harness import adapters as shelf
     from eval_harness.adapter_tables import rows
-    from eval_harness.comparison import save
+    from eval_harness.provenance import save
 
     worlds = {"objects": questions, **({"text": text_questions} if text_questions else {})}
     plan = shelf.Plan(

@@ -66,7 +66,8 @@ def methods(
     A method's part is measured anew when its own source file, the weights, the versions or the
     options change; after other changes to the library, --fresh measures all.
     """
-    from eval_harness.comparison import Plan, compare, default_methods, save
+    from eval_harness.comparison import Plan, compare, default_methods
+    from eval_harness.provenance import save
     from eval_harness.speed import SpeedPlan
 
     plan = Plan(

@@ -35,7 +35,7 @@ def schedules(
 ) -> None:
     """Accuracy of schedules inside the language model that cost the same; goes on when stopped."""
     from eval_harness import layerwise
-    from eval_harness.comparison import save
+    from eval_harness.provenance import save
 
     plan = layerwise.Plan(
         questions=questions,
@@ -84,7 +84,7 @@ def adaptive(
     as_json: Json = False,
 ) -> None:
     """Trained thresholds against fixed schedules of equal FLOPs whose layers were tuned."""
-    from eval_harness.comparison import save
+    from eval_harness.provenance import save
     from eval_harness.schedules import against_schedules, spent
     from eval_harness.tuning import tuned
     from vlmcompress import hub
