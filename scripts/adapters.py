@@ -67,7 +67,9 @@ def main() -> None:
     """Every folder with a recipe, in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shelf", type=Path, default=SHELF, help="folder of the adapters")
-    parser.add_argument("--measure", default="", help="further options of eval adapter")
+    parser.add_argument(
+        "--measure", default="--questions 1000", help="further options of eval adapter"
+    )
     given = parser.parse_args()
     for folder in sorted(path.parent for path in given.shelf.glob(f"*/{RECIPE}")):
         if lacking(folder):
