@@ -121,3 +121,16 @@ def test_importing_is_as_fast_as_promised():
     ratios = [row[clock]["ratio"] for row in results["imports"] for clock in ("wall", "cpu")]
     assert len(ratios) == 6
     assert max(ratios) <= 1.15
+
+
+def test_bars_in_a_cell_do_not_end_it() -> None:
+    """In none of the Markdowns that show these tables."""
+    import markdown as python_markdown
+
+    from vlmcompress.reference.card import markdown
+
+    text = markdown(["pipeline", "cost"], [["`evit:0.5 | vtc_cls:0.1`", "0.640"], ["`a<b`", "1"]])
+    assert text.splitlines()[2] == "| <code>evit:0.5 &#124; vtc_cls:0.1</code> | 0.640 |"
+    page = python_markdown.markdown(text, extensions=["tables"])
+    assert page.count("<td") == 4
+    assert "<code>evit:0.5 &#124; vtc_cls:0.1</code>" in page

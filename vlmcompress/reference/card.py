@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +42,22 @@ _KEEPS = ("0.1", "0.05")  # of the table of both worlds
 _SHOWN = ("vtc_cls", "fastervlm", "divprune", "random")  # by kind
 
 
+_BARRED = re.compile(r"`([^`]*\|[^`]*)`")
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose first column is text."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    lines = [header, ["---", *("---:" for _ in header[1:])], *map(_barred, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _barred(row: Sequence[str]) -> list[str]:
+    """Cells whose bars do not end them, neither on the Hub and GitHub nor in Python-Markdown."""
+    return [_BARRED.sub(_as_html, cell) for cell in row]
+
+
+def _as_html(code: re.Match[str]) -> str:
+    return f"<code>{html.escape(code[1]).replace('|', '&#124;')}</code>"
 
 
 def estimate(value: dict[str, float]) -> str:
