@@ -12,7 +12,7 @@ PARETO_ARGS ?=
 BENCH_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --methods vtc_cls --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 0
 METHODS_ARGS ?=
 ADAPTERS_ARGS ?=
-LAYER_METHODS ?= fastv,pyramiddrop,sparsevlm
+LAYER_METHODS ?= fastv,pyramiddrop,sparsevlm,topv,vscan_llm,holitom_llm,prunevid_llm,random_layer,uniform_layer
 LAYER_ARGS ?= --random-weights llava-1.5-1b --dtype bfloat16 --keeps 0.1 --repeats 3 --warmup 1 --new-tokens 5 --clock cpu
 NOTEBOOKS_ARGS ?=
 ATP_SEEDS ?= 0 1 2
@@ -109,7 +109,8 @@ tune-results: $(STAMP)  ## the pipeline that `tune` chooses for the reference mo
 	cp build/tune/tune.json build/tune/vlmcompress_config.json eval_harness/results/tune
 	$(BIN)/python scripts/readme.py
 
-# Seven minutes per method on one core: processor time of one thread. LAYER_METHODS names others.
+# Four to seven minutes per method on one core: processor time of one thread. LAYER_METHODS names
+# others; `fitprune` needs a schedule of its own for the shape.
 layer-times: $(STAMP)  ## times of methods inside the language model, against their ideal
 	$(SINGLE) $(BIN)/vlmcompress bench $(LAYER_ARGS) --methods $(LAYER_METHODS) --out eval_harness/results/layer_times.json
 	$(BIN)/python scripts/readme.py

@@ -238,6 +238,24 @@ def test_a_removed_patch_leaves_caches_that_still_decode(llava: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("crop", [True, False])
+def test_a_cut_cache_does_not_change_what_layers_saw(llava: Any, crop: bool) -> None:
+    """The report is about the prefill's attention, the bytes about what is left behind."""
+    call = tiny.inputs(llava, [tiny.Prompt(images=1, text=7)])
+    with patch(llava, f"prunevid_llm(crop={crop})@1:0.25") as handle:
+        cache = llava(**call).past_key_values
+        record = handle.last
+    (n,) = record.tokens_before
+    counts = [sum(row) for row in record.layer_tokens]
+    assert counts == [n] + [round(0.25 * n)] * (len(counts) - 1)
+    assert [len(record.kept_in(layer)[0]) for layer in range(len(counts))] == counts
+    assert record.average_keep == sum(counts) / (len(counts) * n)
+    text = call["input_ids"].shape[1] - n
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    assert held == [text + (counts[-1] if crop else seen) for seen in counts]
+
+
+@torch.no_grad()
 def test_a_cropped_cache_is_refused(llava: Any) -> None:
     call = tiny.inputs(llava, (Prompt(images=1, text=8),))
     with patch(llava, DROPS):

@@ -109,7 +109,8 @@ class LayerRun:
         self._earlier: Tensor | None = None
         self._embedded: Tensor | None = None
         self._notes: dict[int, Tensor] = {}
-        self._went: list[Rows] = []
+        self._went: list[Rows] = []  # through each layer's attention
+        self._held: list[Rows] = []  # in its cache, which may be cut later
         self.lengths: list[tuple[int, int]] = []
         self.soft_masks: list[SoftMask] = []
 
@@ -183,11 +184,16 @@ class LayerRun:
         self._beside.behind(self._layer, (hidden, rows), (output, self._rows))
         return output
 
+    def _enter(self, rows: Rows) -> None:
+        """Note what a layer works on."""
+        self._went.append(rows)
+        self._held.append(rows)
+
     def _through(
         self, layer: nn.Module, forward: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         """The layer on the rows that are worked on."""
-        self._went.append(self._rows)
+        self._enter(self._rows)
         self._beside.enter(self._layer, self._rows, hidden)
         arguments = self._columns.arguments(self._layer, self._rows, hidden, kwargs)
         between, length = self._at("between"), hidden.shape[1]
@@ -226,7 +232,7 @@ class LayerRun:
     def _passed_over(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A layer behind the exit: its cache gets the keys and values of the rows that left."""
         self._columns.heal(self._layer)
-        self._went.append(self._rows)
+        self._enter(self._rows)
         self.lengths.append((0, 0))
         self._beside.enter(self._layer, self._rows, hidden)
         if self._columns.cache is not None:
@@ -359,11 +365,11 @@ class LayerRun:
         Raises:
             UnsupportedInputError: where they cannot be cut.
         """
-        for index, went in enumerate(self._went):
-            chosen = self._rows.among(went)
+        for index, held in enumerate(self._held):
+            chosen = self._rows.among(held)
             self._beside.crop(index, self._rows, chosen)
             self._columns.crop(index, chosen)
-            self._went[index] = self._rows
+            self._held[index] = self._rows
 
     # The end --------------------------------------------------------------------------------------
 
@@ -373,9 +379,9 @@ class LayerRun:
         self.look.seen = self._earlier = self._embedded = None
         self._columns.forget()
         soft = bool(self.soft_masks)
-        cut = soft or not all(went.whole for went in self._went)
+        cut = soft or not all(held.whole for held in self._held)
         if cache is not None and self._attach is not None and (cut or self._beside.standing):
-            layers = tuple(self._columns.held(i, went) for i, went in enumerate(self._went))
+            layers = tuple(self._columns.held(i, held) for i, held in enumerate(self._held))
             record = self._columns.record(layers, self._all, soft)
             self._attach(cache, dataclasses.replace(record, **self._beside.memory()))
         return rows.spread(hidden, self._all.index.shape[1])
