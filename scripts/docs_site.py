@@ -21,6 +21,23 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"")
 _CODE = re.compile(r"^( *)```.*?^\1```", flags=re.DOTALL | re.MULTILINE)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The navigation with every page that a `*` stands for, by the name of its folder."""
+    config.nav = _spread(config.nav)
+    return config
+
+
+def _spread(nav: Any) -> Any:
+    if isinstance(nav, dict):
+        return {title: _spread(entry) for title, entry in nav.items()}
+    if isinstance(nav, list):
+        return [_spread(entry) for entry in nav]
+    if not isinstance(nav, str) or "*" not in nav:
+        return nav
+    pages = sorted(ROOT.glob(nav))
+    return [{page.parent.name: page.relative_to(ROOT).as_posix()} for page in pages]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Every file under its path in the repository, and those that are pointed at from outside."""
     docs = Path(config.docs_dir)

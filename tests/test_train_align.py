@@ -121,9 +121,9 @@ def test_rows_come_closer(tmp_path: Path) -> None:
     with patch(model, "tokenpacker", **options) as handle:
         before = apart()
     plan = dataclasses.replace(
-        SMALL, method="tokenpacker", keep=KeepRange(4, 4), train_parts=True, align=60, steps=24
+        SMALL, method="tokenpacker", keep=KeepRange(4, 4), train_parts=True, align=200, steps=40
     )
-    plan = dataclasses.replace(plan, batch=4, accumulate=1, parts_rate=3e-3, distil=0.0)
+    plan = dataclasses.replace(plan, batch=8, accumulate=1, parts_rate=3e-3, distil=0.0)
     trained = train(model, processor, tmp_path, plan, Scenes())
     with patch(trained.model, "tokenpacker", **options) as handle:
         [parts] = trained.parts.values()

@@ -78,7 +78,7 @@ def test_a_checkpoint_is_asked_about_a_picture():
         (("--batches", "0"), "counts of 1 or more"),
         (("--batches", "two"), "counts of 1 or more"),
         (("--random-weights", "huge"), "known shapes"),
-        (("--random-weights", "tiny-qwen2.5-vl"), "not supported yet"),
+        (("--random-weights", "tiny-qwen2.5-vl"), "no [CLS] token"),
     ],
 )
 def test_wrong_options_are_one_line(options, told):
