@@ -119,7 +119,7 @@ layer-times: $(STAMP)  ## times of methods inside the language model, against th
 # hour; each goes on where it was stopped. What is trained stands in adapters/*/recipe.yaml.
 adapters: $(STAMP)  ## trained adapters that are missing, their numbers, and the table of all
 	$(BIN)/python scripts/adapters.py
-	$(BIN)/vlmcompress eval adapters --out eval_harness/results/adapters.json $(ADAPTERS_ARGS)
+	$(BIN)/vlmcompress eval adapters --out eval_harness/results/adapters.json --parts eval_harness/results/adapters.parts $(ADAPTERS_ARGS)
 	$(BIN)/python scripts/readme.py
 
 retrieval-results: $(STAMP)  ## methods inside the reference model's CLIP: retrieval and FLOPs

@@ -111,42 +111,22 @@ def _paligemma() -> PreTrainedConfig:
 
 
 def _qwen2_vl() -> PreTrainedConfig:
-    tower = {
-        "depth": 6,
-        "embed_dim": WIDTH,
-        "hidden_size": TEXT_WIDTH,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": PATCH,
-    }
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
-    return _config(
-        "qwen2_vl",
-        tower,
-        {**TEXT, "rope_parameters": rope},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
+    size = {"embed_dim": WIDTH, "hidden_size": TEXT_WIDTH, "mlp_ratio": 2}
+    return _qwen_vl("qwen2_vl", **size)
 
 
 def _qwen2_5_vl() -> PreTrainedConfig:
-    tower = {
-        "depth": 6,
-        "hidden_size": WIDTH,
-        "out_hidden_size": TEXT_WIDTH,
-        "num_heads": 4,
-        "intermediate_size": 48,
-        "patch_size": PATCH,
-        # Windows of 2 x 2 tokens; what methods read by default is behind the second block.
-        "window_size": 4 * PATCH,
-        "fullatt_block_indexes": [2, 3, 4, 5],
-    }
+    size = {"hidden_size": WIDTH, "out_hidden_size": TEXT_WIDTH, "intermediate_size": 48}
+    # Windows of 2 x 2 tokens; what methods read by default is behind the second block.
+    windows = {"window_size": 4 * PATCH, "fullatt_block_indexes": [2, 3, 4, 5]}
+    return _qwen_vl("qwen2_5_vl", **size, **windows)
+
+
+def _qwen_vl(kind: str, **tower: Any) -> PreTrainedConfig:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
     return _config(
-        "qwen2_5_vl",
-        tower,
+        kind,
+        {"depth": 6, "num_heads": 4, "patch_size": PATCH, **tower},
         {**TEXT, "rope_parameters": rope},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
