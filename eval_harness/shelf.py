@@ -10,6 +10,7 @@ from typing import Any
 from vlmcompress.core.config import CompressionConfig
 from vlmcompress.core.errors import CheckpointError, ConfigError
 from vlmcompress.core.keep import count
+from vlmcompress.core.trained import within
 from vlmcompress.hub.folder import read
 from vlmcompress.training.measure import Measurable
 from vlmcompress.training.recipe import recipe_of
@@ -69,7 +70,7 @@ class Shelved:
     def trained_for(self, keep: float | int | str) -> bool:
         """Whether a budget lies inside what it was trained for."""
         ends = self.found.trained_keep
-        return ends is not None and type(keep) is type(ends[0]) and ends[0] <= keep <= ends[1]
+        return ends is not None and not isinstance(keep, str) and within(keep, ends)
 
     def ends(self, of: int) -> set[int]:
         """Tokens at both ends of what it was trained for."""

@@ -163,11 +163,10 @@ def lmms_region(results: dict[str, Any]) -> str:
         for setting, cell in cells.items()
     ]
     header += [f"equal {name.replace('_', ' ')}" for name in agreeing]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown(header, rows)}\n\n"
         f"The reference model in {results['plan']['dtype']} at batch size 1; scores in %, of "
-        f"`eval run` / of lmms-eval. {versions}. "
+        f"`eval run` / of lmms-eval. {served_tables.versions(results)}. "
         f"{_source('../eval_harness/results/lmms.json', results['machine'], 'make test-lmms')}"
     )
 
@@ -241,14 +240,14 @@ def matrix_region(results: dict[str, Any]) -> str:
     skips = sorted(set(results["reasons"].values()) - exempt)
     why = {"skipped": f" ({'; '.join(skips)})", "exempt": " (the table below)"}
     counts = [f"{n} {name}{why.get(name, '')}" for name, n in results["counts"].items() if n]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown(['', *(f'`{family}`' for family in families)], rows)}\n\n"
         f"✓ all cells passed, (✓) some of them on earlier sources; `?` some have not run yet; a "
         f"number names the exemption below that holds for some of them; "
         f"`-` the method does not exist there ({'; '.join(results['absent'])}). "
         f"Cells: {', '.join(counts)}. "
-        f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): {versions}."
+        f"From [assets/matrix.json](assets/matrix.json) (`make test-matrix`): "
+        f"{served_tables.versions(results)}."
     )
 
 

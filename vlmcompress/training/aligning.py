@@ -32,8 +32,7 @@ class Fading(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fall along a line."""
-        left = self._steps - state.global_step
-        self._trainee.pull = max(0.0, left / self._steps) if self._steps else 0.0
+        self._trainee.pull = max(0.0, 1 - state.global_step / self._steps)
 
 
 def check_alignable(pipeline: Pipeline) -> None:

@@ -114,8 +114,10 @@ def train(
     ):
         objective = Objective(plan.distil, plan.temperature, plan.target)
         trainee = Trainee(tuned, handle, objective, train_parts=plan.train_parts)
+        fading = []
         if plan.align:
             trainee.check_alignable()
+            fading = [Fading(trainee, plan.align)]
         budget = Budget(handle, plan.keep, plan.seed)
         loop = Loop(
             trainee,
@@ -123,7 +125,7 @@ def train(
             args=arguments,
             data_collator=collator,
             train_dataset=source.stream(plan.steps, size, plan.seed),
-            callbacks=[budget, Fading(trainee, plan.align), Follow(folder, budget, progress)],
+            callbacks=[budget, *fading, Follow(folder, budget, progress)],
         )
         sharded = sharding.prepare(loop)
         loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
