@@ -90,6 +90,19 @@ def test_batches_are_those_of_the_other_training() -> None:
             ]
 
 
+def test_every_question_about_a_scene_of_its_own() -> None:
+    _, processor = load()
+    for step in (0, 3):  # of objects, and of texts
+        asked = batch_of(step, 40, 2, one_each=True)
+        assert len({sample.scene_id for sample in asked}) == 40
+        assert len({sample.kind for sample in asked}) == (3 if step else 8)
+        stream = Scenes(one_each=True).stream(4, 40, 2)
+        batch = Collator(processor)([stream[step * 40 + i] for i in range(40)])
+        assert batch["shown"].tolist() == list(range(40))
+    other = {sample.scene_id for sample in batch_of(1, 40, 2, one_each=True)}
+    assert not other & {sample.scene_id for sample in batch_of(0, 40, 2, one_each=True)}
+
+
 def test_answers_that_a_template_leaves_open_are_ended(folder: Path) -> None:
     processor = build_processor()
     processor.chat_template = OPEN_ENDED

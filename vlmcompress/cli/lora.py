@@ -50,6 +50,9 @@ def lora(
     skip_broken: Annotated[
         bool, typer.Option(help="Report rows that cannot be used and leave them out.")
     ] = False,
+    one_each: Annotated[
+        bool, typer.Option(help="Drawn scenes: every question of a step about another one.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 1000,
     batch: Annotated[int, typer.Option(help="Questions per pass and process.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Passes per step.")] = 1,
@@ -68,7 +71,7 @@ def lora(
     train_parts: Annotated[bool, typer.Option(help="Train what methods learn along.")] = False,
     align: Annotated[
         int,
-        typer.Option(help="First steps in which compressors are pulled to the connector's rows."),
+        typer.Option(help="First steps in which compressors learn rows like the connector's."),
     ] = 0,
     target: Annotated[
         float | None,
@@ -150,7 +153,7 @@ def lora(
         save_every=save_every,
         log_every=log_every,
     )
-    source = _source(data, split, images, skip_broken)
+    source = _source(data, split, images, skip_broken, one_each)
     loaded, processor = _loaded(model, precision, device, load_in_4bit)
     facts = {"command": _command(context, out), "model": model, "data": _named(data)}
     with progress("steps", steps) as bar:
@@ -186,12 +189,20 @@ def lora(
     emit(results, shown(results, out), as_json)
 
 
-def _source(data: str, split: str, images: Path | None, skip_broken: bool) -> Source:
+def _source(
+    data: str, split: str, images: Path | None, skip_broken: bool, one_each: bool
+) -> Source:
     """The data that a name stands for."""
+    from vlmcompress.core.errors import ConfigError
     from vlmcompress.training.data import Rows, Scenes, rows_of
 
     if data == REFERENCE:
-        return Scenes()
+        return Scenes(one_each)
+    if one_each:
+        raise ConfigError(
+            f"--one-each is about drawn scenes, and the data are {data!r}, whose rows are shuffled "
+            "anyway; leave it out."
+        )
     local = Path(data)
     folder = images or (local.parent if local.is_file() else None)
     return Rows(rows_of(data, split), folder, "skip" if skip_broken else "raise")

@@ -58,7 +58,10 @@ class LearnedCompressor(Pretrained, TokenCompressor):
         tokens: left of each image or tile, in place of `keep`.
         seed: of untrained weights.
         weights: file of the trained ones.
+        placeless: whether rows see the whole image and stand for no part of it.
     """
+
+    placeless: ClassVar[bool] = False
 
     training_free: ClassVar[bool] = False
     reads: ClassVar[FeatureSpace] = "tower"

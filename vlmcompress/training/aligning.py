@@ -1,10 +1,10 @@
 """A start for compressors in the connector's place: rows like those that the language model knows.
 
 Drawn at random, such rows say nothing to a language model, and its answers hardly say which way to
-change them. What says it is the model's own connector: in the first steps each row is pulled to one
-of the rows that it stands for, the one that is least like the rest of its image. (Their mean would
-be that of the background nearly everywhere, and what is to be told from it a small part of the
-distance.)
+change them. What says it is the model's own connector: in the first steps each row learns to be one
+of the rows that it stands for, the one that is least like the rest of its image, and the language
+model does not run. (Their mean would be that of the background nearly everywhere, and what is to be
+told from it a small part of the distance.)
 """
 
 from __future__ import annotations
@@ -23,53 +23,62 @@ from vlmcompress.methods.prompt.base import PromptCompressor
 from vlmcompress.methods.trained import LearnedCompressor
 
 
-class Fading(TrainerCallback):
-    """Sets a trainee's pull: 1 at the first step, and 0 after so many."""
+class Aligning(TrainerCallback):
+    """Tells a trainee in which steps it aligns: in the first so many."""
 
     def __init__(self, trainee: Any, steps: int) -> None:
         """Of a run."""
         self._trainee, self._steps = trainee, steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fall along a line."""
-        self._trainee.pull = max(0.0, 1 - state.global_step / self._steps)
+        """Tell."""
+        self._trainee.aligning = state.global_step < self._steps
 
 
-def check_alignable(pipeline: Pipeline) -> None:
-    """See that the rows the language model gets are made by trained weights.
+def aligned(pipeline: Pipeline) -> LearnedCompressor:
+    """The method that makes the rows which the language model gets.
 
     Raises:
-        ConfigError: when they are not.
+        ConfigError: when it makes none by trained weights.
     """
     last = pipeline.stages[-1].method
     if isinstance(last, LearnedCompressor) and not isinstance(last, PromptCompressor):
-        return
+        return last
     raise ConfigError(
         f"align is for trained compressors between tower and language model, and the last stage is "
         f"{last.name!r}; leave it out."
     )
 
 
-def distance(made: Encoded, whole: Encoded) -> Tensor:
+def distance(made: Encoded, whole: Encoded, *, placeless: bool = False) -> Tensor:
     """How far compressed rows are from the rows that stand out where each of them stands.
 
     Args:
         made: compressed images; gradients go through their rows.
         whole: the same images with everything kept.
+        placeless: whether rows stand for the tokens next to their places, and not for those that
+            attend to them, which change as rows learn.
 
     Returns:
         Sum of squares over that of the wanted rows around their mean: 1 for rows that are all alike
         and in the middle.
     """
+    groups = made.assignments
+    if placeless:
+        groups = tuple(map(_nearest, made.kept, made.lengths))
     pairs = [
         _pairs(rows, of, assigned)
-        for rows, of, assigned in zip(
-            _by_image(made), _by_image(whole), made.assignments, strict=True
-        )
+        for rows, of, assigned in zip(_by_image(made), _by_image(whole), groups, strict=True)
     ]
     found, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
     spread = (wanted - wanted.mean(0)).square().sum()
     return (found - wanted).square().sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+
+
+def _nearest(places: Tensor, n: int) -> Tensor:
+    """[n] the place next to each token of an image, in reading order."""
+    tokens = torch.arange(n, device=places.device)
+    return (tokens[:, None] - places).abs().argmin(1)
 
 
 def _pairs(rows: Tensor, whole: Tensor, assigned: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -56,11 +56,18 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Scenes:
-    """Drawn scenes of the reference model's training split; no test question is about one."""
+    """Drawn scenes of the reference model's training split; no test question is about one.
+
+    Attributes:
+        one_each: whether every question of a step is about a scene of its own: more images to
+            learn from, and as many to run through the tower. Otherwise a scene serves several.
+    """
+
+    one_each: bool = False
 
     def stream(self, steps: int, size: int, seed: int) -> Stream:
         """Questions drawn as the run goes."""
-        return Drawn(steps, size, seed)
+        return Drawn(steps, size, seed, self.one_each)
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,13 @@ class Drawn:
         steps: of the optimiser.
         size: questions per step, of all processes together.
         seed: of the run.
+        one_each: as `Scenes` has it.
     """
 
     steps: int
     size: int
     seed: int = 0
+    one_each: bool = False
     _latest: tuple[int, Sequence[Any]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -119,7 +128,8 @@ class Drawn:
             raise IndexError(index)
         step, place = divmod(index, self.size)
         if self._latest is None or self._latest[0] != step:
-            self._latest = (step, batch_of(step, self.size, self.seed))
+            asked = batch_of(step, self.size, self.seed, one_each=self.one_each)
+            self._latest = (step, asked)
         sample = self._latest[1][place]
         turns = (Turn("user", sample.question, 1), Turn("assistant", sample.answer))
         return Conversation(turns, (sample.image,), index, (sample.scene_id,))

@@ -78,12 +78,9 @@ class Loop(Trainer):
                     "learning rate, or look for broken values in the data."
                 )
             answers, distil, right, tokens = self.accelerator.reduce(self._trainee.drain()).tolist()
-            logs = {
-                **logs,
-                "answers": answers / tokens,
-                "distil": distil / tokens,
-                "right": right / tokens,
-            }
+            if tokens:  # none while rows are aligned
+                met = {"answers": answers, "distil": distil, "right": right}
+                logs |= {name: value / tokens for name, value in met.items()}
         super().log(logs, start_time)
 
 
@@ -151,7 +148,7 @@ class Follow(TrainerCallback):
         """One line."""
         rows = curve(state.log_history[-1:])
         if state.is_world_process_zero and rows:
-            self._latest = {"loss": rows[0]["loss"], "right": rows[0]["right"]}
+            self._latest = {name: rows[0][name] for name in ("loss", "right") if name in rows[0]}
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(rows[0]) + "\n")
 
@@ -160,9 +157,9 @@ def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """Rows of the trainer's history that are about steps, rounded."""
     names = ("step", "loss", "answers", "distil", "right", "grad_norm", "learning_rate")
     return [
-        {name: row[name] if name == "step" else float(f"{row[name]:.6g}") for name in names}
+        {n: row[n] if n == "step" else float(f"{row[n]:.6g}") for n in names if n in row}
         for row in history
-        if "answers" in row
+        if "loss" in row
     ]
 
 

@@ -21,7 +21,7 @@ from vlmcompress.families.connectors import connector_name
 from vlmcompress.live.install import outer_model
 from vlmcompress.live.patch import patch
 from vlmcompress.training import recipe, sharding
-from vlmcompress.training.aligning import Fading
+from vlmcompress.training.aligning import Aligning
 from vlmcompress.training.conversations import Collator
 from vlmcompress.training.data import Source
 from vlmcompress.training.loop import CHECKPOINTS, Budget, Follow, Loop, curve, latest_checkpoint
@@ -114,10 +114,10 @@ def train(
     ):
         objective = Objective(plan.distil, plan.temperature, plan.target)
         trainee = Trainee(tuned, handle, objective, train_parts=plan.train_parts)
-        fading = []
+        aligning = []
         if plan.align:
             trainee.check_alignable()
-            fading = [Fading(trainee, plan.align)]
+            aligning = [Aligning(trainee, plan.align)]
         budget = Budget(handle, plan.keep, plan.seed)
         loop = Loop(
             trainee,
@@ -125,7 +125,7 @@ def train(
             args=arguments,
             data_collator=collator,
             train_dataset=source.stream(plan.steps, size, plan.seed),
-            callbacks=[budget, *fading, Follow(folder, budget, progress)],
+            callbacks=[budget, *aligning, Follow(folder, budget, progress)],
         )
         sharded = sharding.prepare(loop)
         loop.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

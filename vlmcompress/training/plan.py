@@ -34,8 +34,8 @@ class LoraPlan:
         connector: whether it is left alone (`none`), gets LoRA (`lora`) or is trained itself
             (`full`).
         train_parts: whether what methods learn is trained along.
-        align: first steps in which rows of trained compressors are pulled to the model's own, see
-            `aligning`; the pull fades along a line.
+        align: first steps in which trained compressors learn rows like the model's own alone, see
+            `aligning`; the others train on answers.
         target: for thresholds that learn how much they let through: wanted mean over layers.
         rate: peak learning rate of LoRA; it rises over `warmup` steps and falls along a cosine.
         connector_rate: the same of a connector that is trained itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from eval_harness.replay import repeated
 from vlmcompress.reference.data import Sample, samples
+from vlmcompress.reference.worlds import world as find_world
 
 _IGNORED = -100
 #: Every so many batches one is of text-heavy scenes.
@@ -18,18 +20,30 @@ _TEXTS_EVERY = 4
 _SEED_STEP = 10**8
 
 
-def batch_of(step: int, size: int, seed: int) -> list[Sample]:
+def batch_of(step: int, size: int, seed: int, *, one_each: bool = False) -> list[Sample]:
     """Questions about scenes of the training split; those of a step do not depend on other steps.
 
     Args:
         step: number of the batch.
         size: questions, at least 1.
         seed: of the run.
+        one_each: whether each is about a scene of its own.
     """
     # A scene allows one question of each of its kinds at most, so that `size` scenes may be asked.
     first = (seed + 1) * _SEED_STEP + step * 2 * size
     world = "text" if step % _TEXTS_EVERY == _TEXTS_EVERY - 1 else "objects"
+    if one_each:
+        return [_one_of(first + i, i, world) for i in range(size)]
     return list(samples("train", size, first, world=world))
+
+
+def _one_of(scene: int, turn: int, world: str) -> Sample:
+    """One question about a scene, of the kinds in turn as far as it allows them."""
+    kinds = len(find_world(world).kinds)
+    stream = samples("train", kinds, scene, world=world)
+    asked = [next(stream)]
+    asked += takewhile(lambda sample: sample.scene_id == asked[0].scene_id, stream)
+    return asked[turn % len(asked)]
 
 
 def encoded(processor: Any, asked: Sequence[Sample]) -> dict[str, Tensor]:

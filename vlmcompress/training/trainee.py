@@ -47,7 +47,8 @@ class Trainee(nn.Module):
     Attributes:
         model: the PEFT model; patched.
         parts: what methods learn, if it is trained along.
-        pull: weight of the distance between compressed rows and the model's own, see `aligning`.
+        aligning: whether the loss is the distance between compressed rows and the model's own, see
+            `aligning`; the language model does not run then.
         sums: what was met since `drain`, summed over tokens.
     """
 
@@ -62,7 +63,7 @@ class Trainee(nn.Module):
             )
         self.parts = nn.ModuleDict(learning).requires_grad_(True)
         self._handle, self._objective = handle, objective
-        self.pull = 0.0
+        self.aligning = False
         self.sums: Counter[str] = Counter()
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **inputs: Any) -> Any:
@@ -78,18 +79,18 @@ class Trainee(nn.Module):
         """
         answers = AnswerTokens.of(inputs.pop("labels"))
         shown = inputs.pop(SHOWN, None)
+        count = len(answers.tokens) if num_items_in_batch is None else num_items_in_batch
+        if self.aligning:
+            return {"loss": self._apart(inputs, shown) * (len(answers.tokens) / count)}
         teacher = self._taught(inputs, shown, answers) if self._objective.distil else None
         seen = self._seen(inputs, shown, share=_shareable(_pipeline(self._handle)))
         student = answers.logits(self._logits(inputs, seen, answers))
         extra = self._budget()  # of the student's pass, whose record the handle has now
-        if self.pull and seen is not None:
-            extra = extra + self.pull * self._apart(inputs, shown, seen)
         entropy, distance = answer_losses(
             student, answers.tokens, teacher, self._objective.temperature
         )
         weight = self._objective.distil
         total = (1 - weight) * entropy + weight * distance
-        count = len(answers.tokens) if num_items_in_batch is None else num_items_in_batch
         self._note(student, answers, entropy, distance)
         return {"loss": total / count + extra * (len(answers.tokens) / count)}
 
@@ -101,14 +102,17 @@ class Trainee(nn.Module):
             seen = self._seen(inputs, shown, share=True)
             return answers.logits(self._logits(inputs, seen, answers))
 
-    def _apart(
-        self, inputs: Mapping[str, Any], shown: Tensor | None, seen: CompressedEncoding
-    ) -> Tensor:
+    def _apart(self, inputs: Mapping[str, Any], shown: Tensor | None) -> Tensor:
         """How far compressed images are from those of the model itself."""
+        if not has_pixels(inputs):  # nothing to learn, of every part
+            nothing: Tensor = sum(0.0 * p.sum() for p in self.parts.parameters())  # type: ignore[assignment]
+            return nothing
+        pipeline = _pipeline(self._handle)
+        made = self._ahead(inputs, shown, share=_shareable(pipeline))
         with self._whole():
-            whole = self._seen(inputs, shown, share=True)
-        assert whole is not None  # there were images just before
-        return aligning.distance(seen.encoded, whole.encoded)
+            whole = self._ahead(inputs, shown, share=True)
+        placeless = aligning.aligned(pipeline).placeless
+        return aligning.distance(made.encoded, whole.encoded, placeless=placeless)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -153,15 +157,21 @@ class Trainee(nn.Module):
             shown: [B] which image each row shows; None where that is not known.
             share: whether equal images may go through the tower once.
         """
-        pixels = inputs.get("pixel_values")
-        if share and pixels is not None and shown is not None and len(pixels) == len(shown):
+        if not (share and _told_apart(inputs, shown)):
+            return None
+        return self._ahead(inputs, shown, share=True)
+
+    def _ahead(
+        self, inputs: Mapping[str, Any], shown: Tensor | None, *, share: bool
+    ) -> CompressedEncoding:
+        """The images of a batch, which has some, encoded; arguments as for `_seen`."""
+        if share and shown is not None and _told_apart(inputs, shown):
             images = shown.tolist()
             first = [images.index(image) for image in range(max(images) + 1)]
-            return repeated(self._handle.encode(pixel_values=pixels[first]), images)
-        if self.pull and has_pixels(inputs):
-            encoded: CompressedEncoding = self._handle.encode(**inputs)
-            return encoded
-        return None
+            pixels = inputs["pixel_values"][first]
+            return repeated(self._handle.encode(pixel_values=pixels), images)
+        encoded: CompressedEncoding = self._handle.encode(**inputs)
+        return encoded
 
     def _budget(self) -> Tensor | float:
         """What thresholds that learn how much they let through add to the loss."""
@@ -192,7 +202,7 @@ class Trainee(nn.Module):
         Raises:
             ConfigError: when no trained weights make them.
         """
-        aligning.check_alignable(_pipeline(self._handle))
+        aligning.aligned(_pipeline(self._handle))
 
     def drain(self) -> Tensor:
         """Sums of `answers`, `distil`, `right` and `tokens` so far ([4] float64), from 0 again."""
@@ -247,6 +257,12 @@ def _pipeline(handle: Any) -> Pipeline:
 def learning_of(handle: Any) -> dict[str, nn.Module]:
     """Parts of every stage that learns, by method."""
     return dict(_pipeline(handle).learning)
+
+
+def _told_apart(inputs: Mapping[str, Any], shown: Tensor | None) -> bool:
+    """Whether it is known which images of a batch are equal."""
+    pixels = inputs.get("pixel_values")
+    return pixels is not None and shown is not None and len(pixels) == len(shown)
 
 
 def _shareable(pipeline: Pipeline) -> bool:

@@ -55,6 +55,7 @@ class MQT(LearnedCompressor):
     name: ClassVar[str] = "mqt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.19315"
     gives: ClassVar[Literal["tower", "llm"]] = "llm"
+    placeless: ClassVar[bool] = True
     max_tokens: int = 256
     head_width: int = 64
     faithful: bool = False
