@@ -19,6 +19,7 @@ from vlmcompress.training.aligning import Aligning, distance, outstanding
 from vlmcompress.training.conversations import Collator
 from vlmcompress.training.data import Scenes
 from vlmcompress.training.keeps import KeepRange
+from vlmcompress.training.loop import share_at
 from vlmcompress.training.lora import train, with_lora
 from vlmcompress.training.plan import LoraPlan
 from vlmcompress.training.trainee import Objective, Trainee
@@ -92,10 +93,33 @@ def test_rows_without_places_stand_for_what_is_next_to_them() -> None:
 def test_the_first_steps_align() -> None:
     trainee = type("Trainee", (), {"aligning": False})()
     aligning, seen = Aligning(trainee, 2), []
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight])
     for step in range(4):
-        aligning.on_step_begin(None, type("State", (), {"global_step": step})(), None)
-        seen.append(trainee.aligning)
-    assert seen == [True, True, False, False]
+        state = type("State", (), {"global_step": step})()
+        aligning.on_step_begin(None, state, None, optimizer=optimizer)
+        seen.append((trainee.aligning, len(optimizer.state)))
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert seen == [(True, 0), (True, 1), (False, 0), (False, 1)]
+
+
+def test_both_parts_rise_and_fall() -> None:
+    plan = LoraPlan(
+        align=20, align_rate=4e-3, parts_rate=1e-3, steps=60, warmup=4, train_parts=True
+    )
+    parts = [share_at(plan, "parts", step) for step in range(61)]
+    lora = [share_at(plan, "lora", step) for step in range(61)]
+    assert parts[0] == lora[20] == 0
+    assert parts[4] == max(parts) == 4.0
+    assert parts[2] == 2.0
+    assert parts[12] == pytest.approx(2.0)
+    assert parts[19] < 0.1
+    assert lora[:20] == [0.0] * 20
+    assert parts[20:] == lora[20:]
+    assert lora[24] == max(lora) == 1.0
+    assert lora[42] == pytest.approx(0.5)
+    assert lora[60] == pytest.approx(0)
 
 
 @pytest.mark.slow
@@ -155,8 +179,11 @@ def test_rows_come_closer(tmp_path: Path) -> None:
     plan = dataclasses.replace(
         SMALL, method="tokenpacker", keep=KeepRange(4, 4), train_parts=True, align=30, steps=40
     )
-    plan = dataclasses.replace(plan, batch=8, accumulate=1, parts_rate=3e-3, distil=0.0)
+    plan = dataclasses.replace(plan, batch=8, accumulate=1, parts_rate=1e-4, distil=0.0)
     trained = train(model, processor, tmp_path, plan, Scenes(one_each=True))
+    rates = {row["step"]: row["learning_rate"] for row in trained.curve}
+    assert rates[20] == 0
+    assert rates[35] > 0
     assert ["right" in row for row in trained.curve] == [row["step"] > 30 for row in trained.curve]
     with patch(trained.model, "tokenpacker", **options) as handle:
         [parts] = trained.parts.values()
@@ -169,7 +196,9 @@ def test_rows_come_closer(tmp_path: Path) -> None:
 def test_align_where_nothing_could_be_aligned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train_parts"):
         LoraPlan(align=5)
+    with pytest.raises(ConfigError, match="5 of 5 steps"):
+        LoraPlan(align=5, steps=5, train_parts=True)
     plan = dataclasses.replace(SMALL, method="llava_mini", keep=KeepRange(4, 4))
-    plan = dataclasses.replace(plan, train_parts=True, align=5)
+    plan = dataclasses.replace(plan, train_parts=True, align=2)
     with pytest.raises(ConfigError, match="llava_mini"):
         train(*load(), tmp_path, plan, Scenes())

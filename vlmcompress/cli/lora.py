@@ -73,6 +73,7 @@ def lora(
         int,
         typer.Option(help="First steps in which compressors learn rows like the connector's."),
     ] = 0,
+    align_lr: Annotated[float, typer.Option(help="Peak learning rate of those.")] = 3e-3,
     target: Annotated[
         float | None,
         typer.Option(help="For atp with --train-parts: mean over layers of the share wanted."),
@@ -140,6 +141,7 @@ def lora(
         connector=connector,
         train_parts=train_parts,
         align=align,
+        align_rate=align_lr,
         target=target,
         rate=lr,
         connector_rate=connector_lr,

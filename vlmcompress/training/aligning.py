@@ -24,7 +24,7 @@ from vlmcompress.methods.trained import LearnedCompressor
 
 
 class Aligning(TrainerCallback):
-    """Tells a trainee in which steps it aligns: in the first so many."""
+    """Tells a trainee in which steps it aligns: in the first so many, whose moments it forgets."""
 
     def __init__(self, trainee: Any, steps: int) -> None:
         """Of a run."""
@@ -33,6 +33,9 @@ class Aligning(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell."""
         self._trainee.aligning = state.global_step < self._steps
+        if state.global_step == self._steps:  # steps would be scaled by gradients of another loss
+            optimizer = kwargs["optimizer"]
+            getattr(optimizer, "optimizer", optimizer).state.clear()  # accelerate wraps it
 
 
 def aligned(pipeline: Pipeline) -> LearnedCompressor:

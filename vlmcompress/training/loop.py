@@ -11,6 +11,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from vlmcompress.core.errors import CheckpointError, ConfigError
 from vlmcompress.training.keeps import KeepRange
+from vlmcompress.training.plan import LoraPlan
 from vlmcompress.training.trainee import Trainee, learning_of
 
 CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
@@ -34,31 +36,43 @@ _TORCH_FILES = ("*.pt", "*.pth", "*.bin")
 class Loop(Trainer):
     """Takes items in their order and notes what the trainee met."""
 
-    def __init__(self, trainee: Trainee, rates: dict[str, float], **options: Any) -> None:
+    def __init__(self, trainee: Trainee, plan: LoraPlan, **options: Any) -> None:
         """Make one.
 
         Args:
             trainee: the module.
-            rates: peak learning rate by kind of weight, see `kind_of`.
+            plan: of the training, for its learning rates.
             options: of `Trainer`.
         """
-        self._trainee, self._rates = trainee, rates
+        self._trainee, self._plan = trainee, plan
         super().__init__(trainee, **options)
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW without decay, one group for each learning rate."""
         if self.optimizer is None:
-            groups: dict[str, list[nn.Parameter]] = {}
+            rates, groups = self._plan.rates, dict[str, list[nn.Parameter]]()
             for name, parameter in self._trainee.learning().items():
                 groups.setdefault(kind_of(name), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
-                [{"params": group, "lr": self._rates[kind]} for kind, group in groups.items()],
+                [{"params": group, "lr": rates[kind]} for kind, group in groups.items()],
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 weight_decay=0.0,
             )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Warm-up and cosine; where rows are aligned first, one for that and one for the rest."""
+        of = optimizer or self.optimizer
+        if self._plan.align and self.lr_scheduler is None and of is not None:
+            kinds = list(dict.fromkeys(map(kind_of, self._trainee.learning())))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                of, [partial(share_at, self._plan, kind) for kind in kinds]
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """In order: streams are shuffled already, and where a run stands follows from its step."""
@@ -82,6 +96,21 @@ class Loop(Trainer):
                 met = {"answers": answers, "distil": distil, "right": right}
                 logs |= {name: value / tokens for name, value in met.items()}
         super().log(logs, start_time)
+
+
+def share_at(plan: LoraPlan, kind: str, step: int) -> float:
+    """What a kind of weight takes of its peak learning rate at a step, where rows are aligned."""
+    if step >= plan.align:
+        return _rise_and_fall(step - plan.align, plan.steps - plan.align, plan.warmup)
+    if kind != "parts":
+        return 0.0
+    return _rise_and_fall(step, plan.align, plan.warmup) * plan.align_rate / plan.parts_rate
+
+
+def _rise_and_fall(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def kind_of(name: str) -> str:

@@ -121,7 +121,7 @@ def train(
         budget = Budget(handle, plan.keep, plan.seed)
         loop = Loop(
             trainee,
-            plan.rates,
+            plan,
             args=arguments,
             data_collator=collator,
             train_dataset=source.stream(plan.steps, size, plan.seed),

@@ -35,7 +35,8 @@ class LoraPlan:
             (`full`).
         train_parts: whether what methods learn is trained along.
         align: first steps in which trained compressors learn rows like the model's own alone, see
-            `aligning`; the others train on answers.
+            `aligning`; the others train on answers, with warm-up and cosine of their own.
+        align_rate: peak learning rate of those first steps.
         target: for thresholds that learn how much they let through: wanted mean over layers.
         rate: peak learning rate of LoRA; it rises over `warmup` steps and falls along a cosine.
         connector_rate: the same of a connector that is trained itself.
@@ -66,6 +67,7 @@ class LoraPlan:
     connector: str = "none"
     train_parts: bool = False
     align: int = 0
+    align_rate: float = 3e-3
     target: float | None = None
     rate: float = 2e-4
     connector_rate: float = 2e-5
@@ -90,7 +92,7 @@ class LoraPlan:
             check_count("training", name, getattr(self, name))
         for name in ("seed", "warmup", "align"):
             check_count("training", name, getattr(self, name), 0)
-        for name in ("rate", "connector_rate", "parts_rate", "clip"):
+        for name in ("rate", "connector_rate", "parts_rate", "align_rate", "clip"):
             check_number("training", name, getattr(self, name), 0, math.inf)
         for name in ("dropout", "distil"):
             check_number("training", name, getattr(self, name), 0, 1)
@@ -106,6 +108,11 @@ class LoraPlan:
             raise ConfigError(
                 f"align is {self.align}, and the parts that it is for are not trained; give "
                 "train_parts, too."
+            )
+        if self.align >= self.steps:
+            raise ConfigError(
+                f"align is {self.align} of {self.steps} steps; some must be left for answers, so "
+                "give fewer, or more steps."
             )
         if self.save_every % self.log_every:
             raise ConfigError(
