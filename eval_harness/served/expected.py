@@ -13,6 +13,10 @@ from torch import Tensor
 from eval_harness.served.asking import Prompt
 from vlmcompress import patch
 
+#: Deviation of noise in pixels, some ten times the spacing of float32 there, and how often it is
+#: drawn.
+_NOISE, _DRAWS = 1e-6, 32
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -52,6 +56,26 @@ def answers(
     return [_answer(model, processor, handle, prompt, new_tokens) for prompt in prompts]
 
 
+def by_rounding(
+    folder: Path, prompt: Prompt, spec: str, new_tokens: int, tokens: Sequence[int]
+) -> bool:
+    """Whether an answer other than that of `answers` comes of rounding.
+
+    A method's choice can hang on distances that are equal but for rounding: starts of clusters, for
+    one. Then the patched model gives that answer too, when its pixels change by some units in the
+    last place of float32.
+    """
+    model, processor = _loaded(folder)
+    model.generation_config.eos_token_id = None
+    draw = torch.Generator().manual_seed(0)
+    with patch(model, spec, positions="contiguous") as handle:
+        found = (
+            _answer(model, processor, handle, prompt, new_tokens, draw).tokens
+            for _ in range(_DRAWS)
+        )
+        return tuple(tokens) in found
+
+
 @torch.no_grad()
 def encoded(folder: Path, prompt: Prompt, spec: str) -> Tensor:
     """[k, d] rows of a prompt's only picture as the patched model's language model gets them."""
@@ -71,12 +95,22 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _answer(model: Any, processor: Any, handle: Any, prompt: Prompt, new_tokens: int) -> Expected:
+def _answer(
+    model: Any,
+    processor: Any,
+    handle: Any,
+    prompt: Prompt,
+    new_tokens: int,
+    noise: torch.Generator | None = None,
+) -> Expected:
     parts = [{"type": "image"} for _ in prompt.images]
     turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt.question}]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
     images = list(prompt.images) or None
     inputs = processor(text=text, images=images, return_tensors="pt")
+    if noise is not None:
+        pixels = inputs["pixel_values"]
+        inputs["pixel_values"] = pixels + _NOISE * torch.randn(pixels.shape, generator=noise)
     made = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
