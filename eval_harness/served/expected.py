@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from eval_harness.served.asking import Prompt
 from vlmcompress import patch
+
+if TYPE_CHECKING:  # it wants what only an engine's environment has
+    from eval_harness.served.asking import Prompt
 
 #: Deviation of noise in pixels, some ten times the spacing of float32 there, and how often it is
 #: drawn.
