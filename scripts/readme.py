@@ -329,8 +329,9 @@ def engine_region(results: dict[str, Any]) -> str:
     return (
         f"{markdown(*served_tables.equality(results))}\n\n"
         f"Greedy answers of {plan['new_tokens']} tokens in float32 on both sides. Every answer is "
-        f"equal up to the first step whose two best logits differ by less than {plan['close']:g}, "
-        "and every prompt has the same number of tokens. "
+        f"equal up to the first step whose two best logits differ by less than {plan['close']:g} "
+        "(or the patched model gives it as well when pixels change in their last places, because "
+        "the method's choice hangs on rounding), and every prompt has the same number of tokens. "
         f"From [eval_harness/results/vllm.json](../eval_harness/results/vllm.json) "
         f"(`make test-vllm`): commit {' and '.join(commits)}, {served_tables.versions(results)}."
     )
