@@ -21,7 +21,7 @@ from eval_harness.controls import CoveragePruner
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.tokens import Evidence, Segment, VisualTokens
 from vlmcompress.live.encode import PIXEL_ARGUMENTS
-from vlmcompress.live.encoded import CompressedEncoding
+from vlmcompress.live.encoded import CompressedEncoding, pooled
 from vlmcompress.methods import pipeline
 from vlmcompress.methods.base import Layer, Method, Needs, TokenCompressor, resolve_layer
 
@@ -213,11 +213,8 @@ def repeated(encoding: CompressedEncoding, images: Sequence[int]) -> CompressedE
     def rows(values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[i] for i in images)
 
-    features: Any = encoded.output.pooler_output
-    if isinstance(features, Tensor) and features.ndim == 2:  # images that keep different counts
-        features = torch.cat(rows(features.split([len(kept) for kept in encoded.kept])))
-    else:
-        features = features[images] if isinstance(features, Tensor) else list(rows(features))
+    stacked = isinstance(encoded.output.pooler_output, Tensor)
+    features = pooled(list(rows(encoded.features)), stacked)
     return CompressedEncoding(
         dataclasses.replace(
             encoded,

@@ -24,7 +24,7 @@ from eval_harness import machine
 from eval_harness.served.asking import Prompt
 from eval_harness.served.check import prompts, versions
 from eval_harness.served.models import LOADED
-from eval_harness.served.server import Server
+from eval_harness.served.server import Server, ServerError
 from vlmcompress.reference.study import digest
 from vlmcompress.reference.weights import WEIGHTS_DIR
 
@@ -44,21 +44,22 @@ class Timing:
 
 async def _timed(api: AsyncOpenAI, model: str, prompt: Prompt, new_tokens: int) -> Timing:
     began = time.perf_counter()
-    first = None
+    moments: list[float] = []
     stream: Any = await api.chat.completions.create(
         model=model,
         messages=prompt.messages(),  # type: ignore[arg-type]
         temperature=0,
         max_tokens=new_tokens,
         stream=True,
-        # Every token must show, so that the first and the last can be seen.
-        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+        # Texts of tokens can be empty, or wait for the next ones; ids show each as it comes.
+        extra_body={"ignore_eos": True, "return_token_ids": True},
     )
     async for chunk in stream:
-        if first is None and chunk.choices and chunk.choices[0].delta.content:
-            first = time.perf_counter()
-    last = time.perf_counter()
-    return Timing((first or last) - began, last - began)
+        ids = getattr(chunk.choices[0], "token_ids", None) if chunk.choices else None
+        moments += [time.perf_counter()] * len(ids or ())
+    if len(moments) != new_tokens:
+        raise ServerError(f"{new_tokens} tokens were asked for, and {len(moments)} came.")
+    return Timing(moments[0] - began, moments[-1] - began)
 
 
 async def _at_once(

@@ -57,6 +57,13 @@ class Encoded:
         """Whether any token was dropped."""
         return any(len(rows) < n for rows, n in zip(self.kept, self.lengths, strict=True))
 
+    @property
+    def features(self) -> list[Tensor]:
+        """[k, d] of every image; a view where the model wants one tensor, see `pooled`."""
+        found = self.output.pooler_output
+        rows = found.flatten(0, -2) if isinstance(found, Tensor) else torch.cat(list(found))
+        return list(rows.split([len(kept) for kept in self.kept]))
+
 
 class CompressedEncoding(dict):  # type: ignore[type-arg]
     """`mm_encoder_outputs` made by `Handle.encode`: compressed already, used with full prompts.

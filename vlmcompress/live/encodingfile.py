@@ -106,20 +106,13 @@ def load(path: str | Path, wanted: Mapping[str, Any], device: torch.device) -> E
 
 def _tensors(encoded: Encoded) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for i, rows in enumerate(_features(encoded)):
+    for i, rows in enumerate(encoded.features):
         out |= {f"features.{i}": rows, f"kept.{i}": encoded.kept[i]}
         for name in _OPTIONAL:
             values = getattr(encoded, name)
             if values and values[i] is not None:
                 out[f"{name}.{i}"] = values[i]
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in out.items()}
-
-
-def _features(encoded: Encoded) -> list[Tensor]:
-    """[k, d] of every image."""
-    pooled = encoded.output.pooler_output
-    rows = pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
-    return list(rows.split([len(kept) for kept in encoded.kept]))
 
 
 def _encoded(header: Mapping[str, Any], found: Mapping[str, Tensor]) -> Encoded:

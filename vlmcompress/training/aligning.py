@@ -9,7 +9,6 @@ told from it a small part of the distance.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ def distance(made: Encoded, whole: Encoded, *, placeless: bool = False) -> Tenso
         groups = tuple(map(_nearest, made.kept, made.lengths))
     pairs = [
         _pairs(rows, of, assigned)
-        for rows, of, assigned in zip(_by_image(made), _by_image(whole), groups, strict=True)
+        for rows, of, assigned in zip(made.features, whole.features, groups, strict=True)
     ]
     found, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
     spread = (wanted - wanted.mean(0)).square().sum()
@@ -114,10 +113,3 @@ def outstanding(whole: Tensor, assigned: Tensor, k: int) -> Tensor:
     best = known & (apart == most[assigned.clamp_min(0)])
     place = torch.arange(n, device=whole.device)[best]
     return place.new_full((k,), n).scatter_reduce(0, assigned[best], place, "amin")
-
-
-def _by_image(encoded: Encoded) -> Sequence[Tensor]:
-    features: Any = encoded.output.pooler_output
-    if isinstance(features, Tensor) and features.ndim == 2:
-        return features.split([len(kept) for kept in encoded.kept])
-    return list(features)
