@@ -342,10 +342,11 @@ def load_region(results: dict[str, Any]) -> str:
     plan, machine = results["plan"], results["machine"]
     return (
         f"{markdown(*served_tables.load(results))}\n\n"
-        f"Answers of {plan['new_tokens']} tokens to questions about pictures that are all "
-        f"different; medians over {plan['rounds']} servers of each kind, in turns. TTFT: time to "
-        "the first token. TPOT: time per token after it. Ratios are to whole images at the same "
-        "concurrency. "
+        "Ratios to whole images at the same concurrency; more requests per second and shorter "
+        f"times are better. Answers of {plan['new_tokens']} tokens to questions about pictures "
+        f"that are all different; medians over {plan['rounds']} servers of each kind, in turns. "
+        "TTFT: time to the first token. TPOT: time per token after it, as the client sees it: "
+        "tokens that a server makes faster than it sends them arrive together with the first. "
         "From [eval_harness/results/serving.json](../eval_harness/results/serving.json) "
         f"(`make serve-results`): commit {machine['commit'] or 'unknown'}, "
         f"{served_tables.versions(results)}, {machine['cpu']}, {machine['cores']} cores."

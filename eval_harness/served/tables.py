@@ -27,24 +27,21 @@ def equality(results: dict[str, Any]) -> Table:
 
 def load(results: dict[str, Any]) -> Table:
     """Figures with compression over those without, at every concurrency."""
-    header = ["model", "method", "at once", "requests/s", "ratio", "TTFT", "ratio", "TPOT", "ratio"]
+    header = ["model", "method", "at once", "requests/s", "TTFT", "TPOT"]
     whole = {row["model"]: row["by_concurrency"] for row in results["rows"] if not row["method"]}
-    rows = []
-    for row in results["rows"]:
-        for n, found in row["by_concurrency"].items():
-            base = whole[row["model"]][n]
-            name = f"`{row['method']}`" if row["method"] else "whole images"
-            figures = [
-                *(f"{found['requests_per_s']:.2f}", _ratio(row, base, found, "requests_per_s")),
-                *(f"{1000 * found['ttft_s']:.0f} ms", _ratio(row, base, found, "ttft_s")),
-                *(f"{1000 * found['tpot_s']:.1f} ms", _ratio(row, base, found, "tpot_s")),
-            ]
-            rows.append([f"`{row['model']}`", name, n, *figures])
+    names = ("requests_per_s", "ttft_s", "tpot_s")
+    rows = [
+        [
+            f"`{row['model']}`",
+            f"`{row['method']}`",
+            n,
+            *(f"{found[name] / whole[row['model']][n][name]:.2f}" for name in names),
+        ]
+        for row in results["rows"]
+        if row["method"]
+        for n, found in row["by_concurrency"].items()
+    ]
     return header, rows
-
-
-def _ratio(row: dict[str, Any], base: dict[str, float], found: dict[str, float], name: str) -> str:
-    return f"{found[name] / base[name]:.2f}" if row["method"] else ""
 
 
 def versions(results: dict[str, Any]) -> str:
