@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from vlmcompress.core.errors import VLMCompressError
@@ -43,6 +44,16 @@ def training(folder: Path, out: Path) -> list[str]:
     return words
 
 
+def ordered(shelf: Path) -> list[Path]:
+    """Folders with a recipe; those whose weights another's training starts from come before it."""
+    folders = {path.parent.name: path.parent for path in sorted(shelf.glob(f"*/{RECIPE}"))}
+    graph: TopologicalSorter[str] = TopologicalSorter()
+    for name, folder in folders.items():
+        command = recipe_of(folder)["command"]
+        graph.add(name, *(other for other in folders if f"{SHELF.name}/{other}/" in command))
+    return [folders[name] for name in graph.static_order()]
+
+
 def train(folder: Path) -> None:
     """Train an adapter anew; its folder changes when all of it is there."""
     out = BUILD / folder.name
@@ -71,7 +82,7 @@ def main() -> None:
         "--measure", default="--questions 1000", help="further options of eval adapter"
     )
     given = parser.parse_args()
-    for folder in sorted(path.parent for path in given.shelf.glob(f"*/{RECIPE}")):
+    for folder in ordered(given.shelf):
         if lacking(folder):
             train(folder)
         if not measured(folder):

@@ -184,6 +184,17 @@ def test_what_is_missing_is_trained_then_measured(
     assert measured == ["vlmcompress", "eval", "adapter", str(folder), "--seed", "1"]
 
 
+def test_weights_that_another_training_starts_from_come_first(shelf: Path) -> None:
+    text = (shelf / "atp-reference" / RECIPE).read_text(encoding="utf-8")
+    for name, start in (("a", "adapters/c/x.safetensors"), ("b", "x"), ("c", "adapters/b/y")):
+        (shelf / name).mkdir()
+        changed = re.sub("(?m)^command: ", f"command: vlmcompress --method {start} ", text)
+        (shelf / name / RECIPE).write_text(changed, encoding="utf-8")
+    names = [folder.name for folder in script.ordered(shelf)]
+    assert sorted(names) == ["a", "atp-reference", "b", "c"]
+    assert names.index("b") < names.index("c") < names.index("a")
+
+
 def test_lora_belongs_to_a_recipe_with_a_rank(shelf: Path) -> None:
     folder = shelf / "atp-reference"
     text = (folder / RECIPE).read_text(encoding="utf-8")
