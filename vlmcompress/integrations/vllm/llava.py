@@ -17,6 +17,8 @@ from vlmcompress.integrations.vllm.parts import (
     served_by,
 )
 from vlmcompress.integrations.vllm.registry import serving_of
+from vlmcompress.integrations.vllm.serving import Serving
+from vlmcompress.live.session import Session
 
 
 class LlavaInfo(llava.LlavaProcessingInfo):
@@ -65,27 +67,38 @@ def _processor(info: Any, dummy_inputs: Any) -> Any:
     return llava._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
 
 
+class _Reading:
+    """Hooks in front of the attention that a method looks at; in front of the engine's model."""
+
+    vision_tower: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        """Build the engine's model and put them there."""
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.serving = served_by(vllm_config)
+        self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
+
+    def reading(self, serving: Serving) -> Session:
+        """A session for the images that the tower sees next."""
+        session = serving.session()
+        if self.reader is not None:
+            self.reader.start(session)
+        return session
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     _processor, info=_info, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class CompressedLlava(llava.LlavaForConditionalGeneration):
+class CompressedLlava(_Reading, llava.LlavaForConditionalGeneration):
     """LLaVA-1.5: rows are selected before the connector, or behind it, as by `patch`."""
 
     hf_to_vllm_mapper = TOWER_NAMES | llava.LlavaForConditionalGeneration.hf_to_vllm_mapper
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        """Build the engine's model and put hooks in front of the attention that is looked at."""
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.serving = served_by(vllm_config)
-        self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
 
     def _process_image_input(self, image_input: Any) -> Any:
         serving = self.serving
         if serving is None or image_input["type"] != "pixel_values":
             return super()._process_image_input(image_input)
-        session = serving.session()
-        if self.reader is not None:
-            self.reader.start(session)
+        session = self.reading(serving)
         features = self._process_image_pixels(image_input)
         if serving.before_connector:
             kept = serving.compress(list(features), {}, session)
@@ -108,24 +121,16 @@ class CompressedLlava(llava.LlavaForConditionalGeneration):
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextProcessor, info=LlavaNextInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class CompressedLlavaNext(llava_next.LlavaNextForConditionalGeneration):
+class CompressedLlavaNext(_Reading, llava_next.LlavaNextForConditionalGeneration):
     """LLaVA-NeXT: rows are selected where the views of an image have been put together."""
 
     hf_to_vllm_mapper = TOWER_NAMES | llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        """Build the engine's model and put hooks in front of the attention that is looked at."""
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.serving = served_by(vllm_config)
-        self.reader = None if self.serving is None else reader(self.serving, self.vision_tower)
 
     def _process_image_input(self, image_input: Any) -> Any:
         serving = self.serving
         if serving is None or image_input["type"] != "pixel_values":
             return super()._process_image_input(image_input)
-        session = serving.session()
-        if self.reader is not None:
-            self.reader.start(session)
+        session = self.reading(serving)
         units = super()._process_image_input(image_input)
         sizes = torch.as_tensor(image_input["image_sizes"])
         given = [len(pixels) for pixels in image_input["pixel_values"]]
