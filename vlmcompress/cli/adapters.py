@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.options import (
+    Device,
+    Json,
+    Parts,
+    PartsOut,
+    Precision,
+    Processes,
+    Seeds,
+    TextQuestions,
+)
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
 
 QUESTIONS = 2000
@@ -28,8 +38,8 @@ def adapter(
         str | None, typer.Option(help="Comma-separated; those of the training if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random methods and of the bootstrap.")] = 0,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Precision = "float32",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Ask drawn scenes without an adapter and with it; rewrite its results and its card."""
@@ -53,23 +63,19 @@ def adapter(
 
 
 def adapters(
-    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept in build/.")],
+    out: PartsOut,
     folder: Annotated[Path, typer.Option(help="That the adapters' folders lie in.")] = SHELF,
     questions: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = QUESTIONS,
-    text_questions: Annotated[
-        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
-    ] = QUESTIONS,
+    text_questions: TextQuestions = QUESTIONS,
     methods: Annotated[
         str, typer.Option(help="Without training, comma-separated; ten if not given.")
     ] = "",
     budgets: Annotated[
         str, typer.Option(help="Shares or counts of an image's tokens, comma-separated.")
     ] = "0.1,0.05,8,1",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
-    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
-    parts: Annotated[
-        Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
-    ] = None,
+    seeds: Seeds = 3,
+    processes: Processes = 2,
+    parts: Parts = None,
     as_json: Json = False,
 ) -> None:
     """Adapters of the reference model against methods without training, at equal token counts.

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vlmcompress.cli.output import Json, emit
+from vlmcompress.cli.options import (
+    Adapter,
+    Clip,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Method,
+    Model,
+    Positions,
+)
+from vlmcompress.cli.output import emit
 from vlmcompress.cli.sweep import FAILED
 from vlmcompress.cli.values import REFERENCE, keep_of
 
@@ -18,17 +29,10 @@ def batch(
         typer.Argument(help="A JSONL or Parquet file, a folder with such, or one of pictures."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of answers; a stopped run goes on.")],
-    model: Annotated[str, typer.Option(help="A folder, a hub id or 'reference'.")] = REFERENCE,
-    method: Annotated[
-        str | None, typer.Option(help="A method or a spec such as 'vtc_cls:0.25'.")
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="A trained one in place of --method: a folder or a hub id.")
-    ] = None,
+    model: Model = REFERENCE,
+    method: Method = None,
+    keep: Keep = None,
+    adapter: Adapter = None,
     question: Annotated[
         str | None, typer.Option(help="For pictures and rows that bring none.")
     ] = None,
@@ -36,14 +40,10 @@ def batch(
     batch_size: Annotated[
         int, typer.Option("--batch", min=1, help="Rows at a time in an actor.")
     ] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "auto",
-    positions: Annotated[str, typer.Option(help="auto, contiguous or original.")] = "auto",
+    dtype: Dtype = "auto",
+    positions: Positions = "auto",
     seed: Annotated[int, typer.Option(help="Of methods that draw numbers.")] = 0,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP for methods that read the question, or 'reference'.")
-    ] = None,
+    clip: Clip = None,
     actors: Annotated[int, typer.Option(min=1, help="Processes with a model each.")] = 1,
     gpus: Annotated[
         float | None, typer.Option(help="Of an actor; one where there are any, if not given.")
@@ -52,7 +52,7 @@ def batch(
     address: Annotated[
         str | None, typer.Option(help="Of a running Ray cluster, or auto; otherwise this machine.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     kind: Annotated[
         str, typer.Option("--format", help="Of the answers: jsonl, parquet.")
     ] = "jsonl",

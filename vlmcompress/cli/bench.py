@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from vlmcompress.cli.bench_text import of_model, of_towers
-from vlmcompress.cli.output import Json, Out, emit, progress
+from vlmcompress.cli.options import Clip, Clock, Device, Json, Out
+from vlmcompress.cli.output import emit, progress
 from vlmcompress.cli.values import (
     REFERENCE,
     clip_of,
@@ -45,7 +46,7 @@ def bench(
     ] = "vtc_cls",
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "0.1",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds thrown away.")] = 2,
     new_tokens: Annotated[
@@ -59,9 +60,7 @@ def bench(
         typer.Option(help="Picture asked about; of the reference model's if not given."),
     ] = None,
     question: Annotated[str, typer.Option(help="What a checkpoint is asked.")] = _QUESTION,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP for methods that read the question, or 'reference'.")
-    ] = None,
+    clip: Clip = None,
     batches: Annotated[
         str | None, typer.Option(help="Batch sizes for images per second, comma-separated.")
     ] = None,
@@ -80,9 +79,7 @@ def bench(
     tower: Annotated[
         bool, typer.Option("--tower", help="Time the vision tower alone, under methods inside it.")
     ] = False,
-    clock: Annotated[
-        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
-    ] = "wall",
+    clock: Clock = "wall",
     out: Out = None,
     as_json: Json = False,
 ) -> None:

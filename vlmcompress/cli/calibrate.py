@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.options import Device, Dtype, Json, ModelArgument
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, load
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main() -> None:
 
 @app.command()
 def fitprune(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    model: ModelArgument = REFERENCE,
     out: Annotated[Path, typer.Option(help="JSON to write; 'fitprune(schedule=...)' reads it.")] = (
         Path("fitprune.json")
     ),
@@ -43,10 +44,8 @@ def fitprune(
             "the reference model where not given.",
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """How many visual tokens FitPrune drops in which layer of a model, for a budget of FLOPs."""
@@ -72,7 +71,7 @@ def fitprune(
 
 @app.command("early_exit")
 def early_exit(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    model: ModelArgument = REFERENCE,
     out: Annotated[Path | None, typer.Option(help="JSON to write as well.")] = None,
     where: Annotated[str, typer.Option(help="decoder or tower.")] = "decoder",
     layers: Annotated[
@@ -90,10 +89,8 @@ def early_exit(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Prompts, as for fitprune."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """From which similarity on layers of a model can be left out, for a budget or an agreement."""

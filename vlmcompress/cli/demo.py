@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, write
+from vlmcompress.cli.options import Json, Weights
+from vlmcompress.cli.output import emit, progress, write
 from vlmcompress.cli.values import REFERENCE, load
 
 
@@ -15,9 +16,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures and results.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions and budgets.")] = False,
     scene: Annotated[int, typer.Option(min=0, help="Which held-out scene is shown.")] = 0,
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
+    weights: Weights = REFERENCE,
     seed: Annotated[int, typer.Option(help="Of random methods and intervals.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from vlmcompress.cli.output import Json, emit
+from vlmcompress.cli.options import Json
+from vlmcompress.cli.output import emit
 
 
 def doctor(

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.options import Json, Parts, PartsOut, Processes, Seeds, TextQuestions, Weights
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, keep_of, location, words
 
 
@@ -37,27 +38,21 @@ def main() -> None:
 
 @app.command()
 def methods(
-    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept in build/.")],
+    out: PartsOut,
     questions: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = 640,
-    text_questions: Annotated[
-        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
-    ] = 330,
+    text_questions: TextQuestions = 330,
     methods: Annotated[
         str, typer.Option(help="Separated by semicolons; every one where not given.")
     ] = "",
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "0.5,0.25,0.1,0.05,0.02",
     positions: Annotated[str, typer.Option(help="Comma-separated.")] = "contiguous,original",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
-    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
+    seeds: Seeds = 3,
+    weights: Weights = REFERENCE,
+    processes: Processes = 2,
     speed: Annotated[bool, typer.Option(help="Time the methods on a model of --shape.")] = True,
     shape: Annotated[str, typer.Option(help="Of the timed model.")] = "llava-1.5-1b",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per method.")] = 3,
-    parts: Annotated[
-        Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
-    ] = None,
+    parts: Parts = None,
     fresh: Annotated[bool, typer.Option(help="Forget the kept parts.")] = False,
     as_json: Json = False,
 ) -> None:

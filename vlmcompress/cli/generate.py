@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit
+from vlmcompress.cli.options import Adapter, Clip, Device, Dtype, Json, Keep, Method, Model
+from vlmcompress.cli.output import emit
 from vlmcompress.cli.values import REFERENCE, clip_of, keep_of, load
 
 if TYPE_CHECKING:
@@ -19,29 +20,14 @@ if TYPE_CHECKING:
 def generate(
     image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A picture.")],
     prompt: Annotated[str, typer.Option(help="What to ask about it.")],
-    model: Annotated[str, typer.Option(help="A folder, a hub id or 'reference'.")] = REFERENCE,
-    method: Annotated[
-        str | None, typer.Option(help="A method or a spec such as 'vtc_cls:0.25'.")
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="What is kept of each image: a fraction (0.1), a count (64) or auto."),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="A trained one in place of --method: a folder or a hub id.")
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(
-            help="For methods that read the question: the CLIP model whose vision tower this is, "
-            "a folder, a hub id or 'reference'."
-        ),
-    ] = None,
+    model: Model = REFERENCE,
+    method: Method = None,
+    keep: Keep = None,
+    adapter: Adapter = None,
+    clip: Clip = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     overlay: Annotated[
         Path | None, typer.Option(help="Write the picture with the dropped patches dimmed.")
     ] = None,

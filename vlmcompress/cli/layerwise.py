@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.options import Device, Json, Parts, PartsOut, Processes, Weights
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, load, location, words
 
 _BATCH = 64
 
 
 def schedules(
-    out: Annotated[Path, typer.Option(help="JSON to write; parts are kept in build/.")],
+    out: PartsOut,
     questions: Annotated[int, typer.Option(min=1, help="About objects, of the test split.")] = 2000,
     methods: Annotated[str, typer.Option(help="Comma-separated; every one if not given.")] = "",
     budgets: Annotated[
@@ -24,13 +25,9 @@ def schedules(
         str, typer.Option(help="Comma-separated folders of methods with thresholds of their own.")
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of random dropping.")] = 3,
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
-    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
-    parts: Annotated[
-        Path | None, typer.Option(help="Where parts are kept; build/NAME.parts if not given.")
-    ] = None,
+    weights: Weights = REFERENCE,
+    processes: Processes = 2,
+    parts: Parts = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of schedules inside the language model that cost the same; goes on when stopped."""
@@ -80,7 +77,7 @@ def adaptive(
         int, typer.Option(min=1, help="Lists of layers tried for each fixed schedule.")
     ] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of layers and the bootstrap.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Trained thresholds against fixed schedules of equal FLOPs whose layers were tuned."""

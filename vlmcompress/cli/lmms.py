@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, Out, emit, table
+from vlmcompress.cli.options import Json, Out
+from vlmcompress.cli.output import emit, table
 from vlmcompress.cli.values import words
 from vlmcompress.core.errors import ConfigError
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmcompress.cli.adapters import QUESTIONS, keeps_of, measured, shown
-from vlmcompress.cli.output import Json, emit, progress
+from vlmcompress.cli.options import Device, Json, Model, Positions
+from vlmcompress.cli.output import emit, progress
 from vlmcompress.cli.values import REFERENCE, device_of, load, location
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _PLACES = ("out", "images", "device", "as_json", "keep_checkpoints", "resume", "
 def lora(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run; it becomes the adapter.")],
-    model: Annotated[str, typer.Option(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    model: Model = REFERENCE,
     method: Annotated[
         str | None, typer.Option(help="Name or spec string; the tower's default if not given.")
     ] = None,
@@ -35,7 +36,7 @@ def lora(
     keep_draw: Annotated[
         str, typer.Option(help="log or uniform: how budgets of a range are drawn, one per step.")
     ] = "log",
-    positions: Annotated[str, typer.Option(help="auto, contiguous or original.")] = "auto",
+    positions: Positions = "auto",
     data: Annotated[
         str,
         typer.Option(
@@ -111,7 +112,7 @@ def lora(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue what lies in the folder.")] = True,
     keep_checkpoints: Annotated[bool, typer.Option(help="Leave the last ones behind.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """LoRA that gives back what compression takes, trained with compression on.

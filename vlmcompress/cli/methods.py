@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vlmcompress.cli.output import Json, emit, table
+from vlmcompress.cli.options import Json
+from vlmcompress.cli.output import emit, table
 
 
 def methods(as_json: Json = False) -> None:

@@ -6,16 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Out: TypeAlias = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
 
 
 class Group(TyperGroup):

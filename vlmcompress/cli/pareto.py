@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, progress, table
+from vlmcompress.cli.options import Clock, Device, Json, TextQuestions, Weights
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, device_of, dtype_of, keep_of, location, words
 
 
@@ -17,9 +18,7 @@ def pareto(
     questions: Annotated[
         int, typer.Option(min=0, help="Questions about objects; 0 for none.")
     ] = 400,
-    text_questions: Annotated[
-        int, typer.Option(min=0, help="Questions about texts; 0 for none.")
-    ] = 200,
+    text_questions: TextQuestions = 200,
     towers: Annotated[
         str, typer.Option(help="Settings inside the tower, separated by ';'; a set where not given")
     ] = "",
@@ -31,14 +30,10 @@ def pareto(
         str, typer.Option(help="The shape that is timed: llava-1.5-7b, llava-1.5-1b or tiny.")
     ] = "llava-1.5-1b",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    clock: Annotated[
-        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
-    ] = "wall",
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
+    clock: Clock = "wall",
+    weights: Weights = REFERENCE,
     processes: Annotated[
         int, typer.Option(min=1, help="One-thread processes for the questions.")
     ] = 2,

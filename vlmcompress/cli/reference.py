@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, Out, emit, progress, table
+from vlmcompress.cli.options import (
+    Device,
+    Json,
+    Out,
+    Positions,
+    Processes,
+    Seeds,
+    TextQuestions,
+    Weights,
+)
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
 
 app = typer.Typer(
@@ -28,7 +38,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue what lies in the folder.")] = True,
     processes: Annotated[int, typer.Option(min=1, help="CPU processes; a GPU takes one.")] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of weights, scenes and dropping.")] = 0,
     start: Annotated[Path | None, typer.Option(help="Finished run to go on from.")] = None,
     gentle: Annotated[float, typer.Option(help="Factor on all learning rates.")] = 1.0,
@@ -61,13 +71,11 @@ def evaluate(
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "1.0,0.5,0.25,0.1,0.05",
     world: Annotated[str, typer.Option(help="objects or text.")] = "objects",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    positions: Annotated[str, typer.Option(help="auto, contiguous or original.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
+    positions: Positions = "auto",
+    weights: Weights = REFERENCE,
     seed: Annotated[int, typer.Option(help="Of random methods and intervals.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    seeds: Seeds = 1,
+    device: Device = "auto",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -101,15 +109,13 @@ def evaluate(
 def study(
     out: Annotated[Path, typer.Option(help="JSON to write; parts are kept beside it.")],
     n: Annotated[int, typer.Option(min=1, help="Questions about objects.")] = 4000,
-    n_text: Annotated[int, typer.Option(min=0, help="Questions about texts; 0 for none.")] = 1500,
+    n_text: TextQuestions = 1500,
     methods: Annotated[str, typer.Option(help="Comma-separated; all where not given.")] = "",
     keeps: Annotated[str, typer.Option(help="Comma-separated.")] = "1.0,0.5,0.25,0.1,0.05,0.02",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of random methods.")] = 3,
+    seeds: Seeds = 3,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes for the detector table.")] = 400,
-    weights: Annotated[
-        str, typer.Option(help="Folder of a model trained on the scenes.")
-    ] = REFERENCE,
-    processes: Annotated[int, typer.Option(min=1, help="One-thread processes.")] = 2,
+    weights: Weights = REFERENCE,
+    processes: Processes = 2,
     as_json: Json = False,
 ) -> None:
     """All tables of the reference model's card, and its targets; a stopped study goes on."""

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlmcompress.cli.output import Json, emit
+from vlmcompress.cli.options import Device, Json
+from vlmcompress.cli.output import emit
 from vlmcompress.cli.values import words
 
 
@@ -31,7 +32,7 @@ def report(
     model: Annotated[
         str | None, typer.Option(help="Where the model of the results is now, if it moved.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Compressed visual tokens",
     as_json: Json = False,
 ) -> None:

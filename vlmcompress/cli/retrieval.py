@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, Out, emit, progress, table
+from vlmcompress.cli.options import Device, Json, Out
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import REFERENCE, keep_of, load, words
 
 
@@ -19,7 +20,7 @@ def retrieval(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     weights: Annotated[str, typer.Option(help="Folder of the model, or reference.")] = REFERENCE,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     out: Out = None,
     as_json: Json = False,
 ) -> None:

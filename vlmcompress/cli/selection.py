@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, Out, emit, progress, table
+from vlmcompress.cli.options import Clock, Device, Json, Out
+from vlmcompress.cli.output import emit, progress, table
 from vlmcompress.cli.values import device_of, dtype_of, keep_of, words
 
 
@@ -18,12 +19,10 @@ def bench_selection(
     ] = "llava-1.5-7b",
     views: Annotated[int, typer.Option(min=1, help="Views of the image.")] = 5,
     dtype: Annotated[str, typer.Option(help="Of the tower; selection is in float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds thrown away.")] = 1,
-    clock: Annotated[
-        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
-    ] = "wall",
+    clock: Clock = "wall",
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, table
+from vlmcompress.cli.options import Clip, Device, Json
+from vlmcompress.cli.output import emit, table
 from vlmcompress.cli.values import clip_of, device_of, keep_of, load, words
 
 FAILED = 3
@@ -45,14 +46,12 @@ def run(
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     positions: Annotated[str | None, typer.Option(help="auto, contiguous or original.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Questions at a time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random methods and intervals.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of random methods.")] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP for methods that read the question, or 'reference'.")
-    ] = None,
+    clip: Clip = None,
     reuse_tower: Annotated[
         bool | None, typer.Option(help="Run the tower once per picture where that can be.")
     ] = None,

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vlmcompress.cli.lora import lora
-from vlmcompress.cli.output import Json, emit, progress
+from vlmcompress.cli.options import Device, Json, Precision
+from vlmcompress.cli.output import emit, progress
 from vlmcompress.cli.values import REFERENCE, load
 
 app = typer.Typer(no_args_is_help=True, help="Train what methods learn, and LoRA.")
@@ -41,12 +42,12 @@ def atp(
         float, typer.Option(help="Weight of the distance from the target, per token.")
     ] = 0.2,
     lora: Annotated[bool, typer.Option(help="Train LoRA in the language model, too.")] = False,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    precision: Precision = "float32",
     questions: Annotated[
         int, typer.Option(min=0, help="Of the test split, to measure on; 0 for none.")
     ] = 512,
     resume: Annotated[bool, typer.Option(help="Continue what lies in the folder.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Thresholds of ATP for the reference model, measured against fixed schedules."""

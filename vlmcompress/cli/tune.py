@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmcompress.cli.output import Json, emit, table
+from vlmcompress.cli.options import Clip, Clock, Device, Dtype, Json, ModelArgument, Positions
+from vlmcompress.cli.output import emit, table
 from vlmcompress.cli.values import REFERENCE, clip_of, load, words
 
 NONE_FOUND = 3
@@ -24,7 +25,7 @@ def tune(
         str,
         typer.Option(help="Comma-separated, as of eval run: reference, folders, files."),
     ],
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or 'reference'.")] = REFERENCE,
+    model: ModelArgument = REFERENCE,
     keep_accuracy: Annotated[
         float | None,
         typer.Option(help="Share of the full model's score to keep; the cheapest is wanted."),
@@ -48,9 +49,7 @@ def tune(
         str, typer.Option(help="ttft (measured from the picture on) or flops (by formula).")
     ] = "ttft",
     rounds: Annotated[int, typer.Option(help="Timed rounds of each pipeline.")] = 5,
-    clock: Annotated[
-        str, typer.Option(help="wall, or cpu: processor time, for one thread on a busy machine.")
-    ] = "wall",
+    clock: Clock = "wall",
     metric: Annotated[str | None, typer.Option(help="Of rows that name none.")] = None,
     split: Annotated[str | None, typer.Option(help="Only rows of this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First questions of each task.")] = None,
@@ -63,16 +62,12 @@ def tune(
     ] = 0.5,
     first: Annotated[int, typer.Option(help="Images of the first round of questions.")] = 16,
     finalists: Annotated[int, typer.Option(help="Pipelines in the final test, at most.")] = 4,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    positions: Annotated[str, typer.Option(help="auto, contiguous or original.")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    positions: Positions = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the cut, of intervals and random methods.")] = 0,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP for methods that read the question, or 'reference'.")
-    ] = None,
+    clip: Clip = None,
     fresh: Annotated[bool, typer.Option(help="Forget what the folder holds.")] = False,
     as_json: Json = False,
 ) -> None:
