@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval_harness.tables import tokdense
+from eval_harness.statistics import tokdense
 
 _RANDOM = "random"
 Table = tuple[list[str], list[list[str]]]

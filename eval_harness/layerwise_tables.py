@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval_harness.statistics import tokdense
+
 HEADER = [
     "method",
     "average wanted",
@@ -11,6 +13,7 @@ HEADER = [
     "behind the last site",
     "FLOPs of prefill",
     "accuracy %",
+    "TokDense",
     "minus random dropping",
 ]
 
@@ -29,7 +32,12 @@ def _place(row: dict[str, Any]) -> tuple[float, float]:
 def _row(row: dict[str, Any], tokens: int) -> list[str]:
     wanted = "its own" if row["wanted"] is None else f"{row['wanted']:g}"
     if row["refused"] is not None:
-        return [f"`{row['method']}`", wanted, "cannot: its first site is too late", *["-"] * 4]
+        return [
+            f"`{row['method']}`",
+            wanted,
+            "cannot: its first site is too late",
+            *["-"] * (len(HEADER) - 3),
+        ]
     return [
         f"`{row['method']}`",
         wanted,
@@ -37,6 +45,7 @@ def _row(row: dict[str, Any], tokens: int) -> list[str]:
         f"{row['left'][-1]:.1f} of {tokens}",
         f"{row['flops']:.3f}",
         _percent(row["accuracy"]),
+        f"{tokdense(row['accuracy'][0], row['average'] * tokens):.2f}",
         "-" if row["over_random"] is None else _percent(row["over_random"], "+"),
     ]
 

@@ -29,6 +29,14 @@ class Estimate:
         return asdict(self)
 
 
+def tokdense(accuracy: float, tokens: float) -> float:
+    """Accuracy per token: percent of questions, over visual tokens of a question's images.
+
+    Source: VQToken (https://arxiv.org/abs/2503.16980).
+    """
+    return 100 * accuracy / tokens
+
+
 def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     """Wilson's score interval of a proportion of independent questions.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval_harness.statistics import tokdense
 from vlmcompress.reference.card import markdown
 
 WORSE, BELOW = "▼", "▽"
@@ -66,14 +67,6 @@ def accuracy_table(results: dict[str, Any], world: str, mode: str) -> str:
     rows.append(["no image", *(_percent(found["blind"]) for _ in keeps), *("-" for _ in dense)])
     named = (*(f"keep {keep}" for keep in keeps), *(f"TokDense, keep {keep}" for keep in dense))
     return markdown(["method", *named], rows)
-
-
-def tokdense(accuracy: float, tokens: float) -> float:
-    """Accuracy per token: percent of questions, over visual tokens of an image.
-
-    Source: VQToken (https://arxiv.org/abs/2503.16980).
-    """
-    return 100 * accuracy / tokens
 
 
 def mark(results: dict[str, Any], world: str, mode: str, keep: str, method: str) -> str:

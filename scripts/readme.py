@@ -274,7 +274,8 @@ def schedules_region(results: dict[str, Any]) -> str:
         f"about {results['images']} scenes; {100 * results['full'][0]:.1f} with all tokens, "
         f"{100 * results['blind'][0]:.1f} without the image. Averages are means over layers and "
         "questions of the share of visual tokens in a layer's attention; FLOPs are those of the "
-        f"language model's prefill by formula, relative to all tokens. {source}"
+        "language model's prefill by formula, relative to all tokens; TokDense is accuracy in % "
+        f"per visual token, mean over layers. {source}"
     )
 
 

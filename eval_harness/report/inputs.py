@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from eval_harness.asking import FULL
+from eval_harness.sweep.tables import mean_kept
 from vlmcompress.core.errors import ConfigError
 
 RUN, RESULTS = "run.json", "results.json"
@@ -130,11 +130,8 @@ def label(method: str, keep: Any) -> str:
 
 def share_kept(row: Mapping[str, Any]) -> float:
     """Share of the visual tokens that were kept, as a mean over the language model's layers."""
-    tokens, layers = row["tokens"], row["visual_layers"]
-    if not tokens.get("visual_in"):
-        return 0.0
-    kept = fmean(layers) if layers else tokens["visual_kept"]
-    return float(kept / tokens["visual_in"])
+    given = row["tokens"].get("visual_in")
+    return (mean_kept(row) or 0.0) / given if given else 0.0
 
 
 def layer_lines(findings: Findings) -> Iterator[tuple[str, list[float]]]:

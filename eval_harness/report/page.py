@@ -9,6 +9,7 @@ from typing import Any
 from eval_harness.report import figures
 from eval_harness.report.inputs import Findings, Run, label, layer_lines, share_kept
 from eval_harness.report.pictures import Sample
+from eval_harness.sweep.tables import density
 from vlmcompress.core.extras import require
 
 _MIB = 2**20
@@ -105,8 +106,9 @@ def _of_tasks(run: Run, findings: Findings) -> list[Section]:
                 )
         note = (
             f"{told['questions']} questions about {told['images']} pictures, metric "
-            f"{told['metric']}. Intervals are of 95 %, resampled by picture; differences to all "
-            "tokens are paired by question."
+            f"{told['metric']}. TokDense is its score in % per visual token kept, a mean over "
+            "layers. Intervals are of 95 %, resampled by picture; differences to all tokens are "
+            "paired by question."
         )
         tables = (_accuracy_table(run, task),)
         sections.append(Section(f"{task}: {run.model}", tables, tuple(plots), note))
@@ -114,7 +116,8 @@ def _of_tasks(run: Run, findings: Findings) -> list[Section]:
 
 
 def _accuracy_table(run: Run, task: str) -> Table:
-    header = ("setting", "tokens kept", "accuracy", "minus all tokens", "p (Holm)", "failed")
+    score = ("accuracy", "TokDense", "minus all tokens", "p (Holm)")
+    header = ("setting", "tokens kept", *score, "failed")
     rows = []
     for row in run.rows(task):
         over = row["over_full"]
@@ -123,6 +126,7 @@ def _accuracy_table(run: Run, task: str) -> Table:
                 label(row["method"], row["keep"]),
                 f"{100 * share_kept(row):.1f} %",
                 _interval(row["score"], ".1f"),
+                density(row),
                 "-" if over is None else _interval(over, "+.1f"),
                 "-" if over is None or over.get("p_holm") is None else f"{over['p_holm']:.3f}",
                 str(row["failed"]),

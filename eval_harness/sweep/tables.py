@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from eval_harness.asking import BLIND, FULL
+from eval_harness.statistics import tokdense
 
 _NAMES = {FULL: "all tokens", BLIND: "no picture"}
 
@@ -22,7 +25,8 @@ def of_task(item: tuple[str, dict[str, Any]]) -> tuple[str, list[str], list[list
     )
     rates = list(dict.fromkeys(rate for row in task["rows"] for rate in row["rates"]))
     failed = any(row["failed"] for row in task["rows"])
-    header = ["method", "keep", "tokens", "score", "minus all tokens", "p", "minus random", "p"]
+    header = ["method", "keep", "tokens", "score", "TokDense", "minus all tokens", "p"]
+    header += ["minus random", "p"]
     header += [rate.replace("_", " ") for rate in rates] + (["failed"] if failed else [])
     rows = [
         [*_cells(row), *(_rate(row, rate) for rate in rates), *([str(row["failed"])] * failed)]
@@ -35,6 +39,7 @@ def foot(results: dict[str, Any]) -> str:
     """What holds for all tables, and what the harness itself cost."""
     sweep, where, spent = results["sweep"], results["machine"], results["time"]
     lines = [
+        "TokDense: score in % per visual token kept, mean over layers.",
         "p: of no difference, signs of images flipped, adjusted over the sweep (Holm).",
         f"{sweep['model']} in {where['dtype']} on {where['device']}, batch {sweep['batch']}, "
         f"positions {sweep['positions']}, seed {sweep['seed']}; the harness took "
@@ -45,6 +50,23 @@ def foot(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def mean_kept(row: Mapping[str, Any]) -> float | None:
+    """Visual tokens kept of a question, as a mean over the language model's layers; None if none.
+
+    Args:
+        row: of a task's results.
+    """
+    kept = row["tokens"].get("visual_kept")
+    layers = row["visual_layers"]
+    return fmean(layers) if kept and layers else kept or None
+
+
+def density(row: Mapping[str, Any]) -> str:
+    """TokDense of a row, `-` without answers or visual tokens."""
+    kept, score = mean_kept(row), row["score"]
+    return "-" if kept is None or score is None else f"{tokdense(score['mean'], kept):.2f}"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     tokens = row["tokens"].get("visual_kept")
     return [
@@ -52,6 +74,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["keep"] is None else str(row["keep"]),
         "-" if tokens is None else f"{tokens:.1f}",
         _estimate(row["score"], "{:.1f}"),
+        density(row),
         *_difference(row["over_full"]),
         *_difference(row["over_random"]),
     ]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval_harness.report import figures, inputs, page, pictures, regressions
 from eval_harness.report.figures import Timed
+from eval_harness.sweep import tables
 from eval_harness.sweep.tasks import TaskConfig, open_task
 from tests.harness import browser
 from vlmcompress.cli import report as command
@@ -271,3 +272,18 @@ def test_a_browser_draws_the_plots_and_the_pictures(html_file, tmp_path):
             apart = colours.astype(int)[:, None] - [(31, 119, 180), (255, 127, 14)]
             near = (np.abs(apart).max(axis=2) <= 6).any(axis=1)
             assert counts[near].sum() > 60
+
+
+def test_tokdense_is_of_the_tokens_that_layers_see_on_average():
+    pruned = told_of(("fastv@1", 0.25))
+    assert tables.mean_kept(pruned) == (196 + 3 * 49) / 4
+    assert tables.density(pruned) == f"{100 * pruned['score']['mean'] / 85.75:.2f}"
+    whole = told_of(("full", None))
+    assert tables.density(whole) == f"{100 * whole['score']['mean'] / 196:.2f}"
+    assert tables.density({**whole, "score": None}) == "-"
+    assert tables.density({**whole, "tokens": {}}) == "-"
+    rows = [{**whole, "over_random": None, "rates": {}}]
+    task = {"metric": "exact_match", "questions": QUESTIONS, "images": 3, "rows": rows}
+    _, header, (cells,) = tables.of_task((TASK, task))
+    assert len(cells) == len(header)
+    assert cells[header.index("TokDense")] == tables.density(whole)
