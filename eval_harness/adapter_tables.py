@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from eval_harness.statistics import tokdense
@@ -26,21 +27,22 @@ def rows(results: dict[str, Any]) -> Table:
 
 
 def own_rows(results: dict[str, Any]) -> Table:
-    """Every adapter against its own method without training, at each count that has both."""
+    """Every adapter against its own method without training, and with LoRA alone.
+
+    At each count that has both.
+    """
     worlds = results["worlds"]
     header = ["tokens", "what", "instead of"]
     for world in worlds:
         header += [f"{world} %", "minus that"]
     found = []
     for tokens in next(iter(worlds.values()))["at"]:
-        for name, adapter in results["adapters"].items():
+        for name in results["adapters"]:
             pairs = [world["at"][tokens]["rows"].get(name, {}) for world in worlds.values()]
-            if not all("over_own" in row for row in pairs):
-                continue
-            cells = [
-                cell for row in pairs for cell in (_range(row["accuracy"]), _gap(row["over_own"]))
-            ]
-            found.append([tokens, *_link(name), f"`{_stem(adapter['method'])}`", *cells])
+            for over, other in _others(results, name).items():
+                if all(over in row for row in pairs):
+                    cells = [(_range(row["accuracy"]), _gap(row[over])) for row in pairs]
+                    found.append([tokens, *_link(name), other, *chain(*cells)])
     return header, found
 
 
@@ -59,6 +61,17 @@ def _names(results: dict[str, Any], tokens: str) -> list[str]:
     best = dict.fromkeys(world["best"] for world in there)
     asked = [name for name in results["adapters"] if all(name in w["rows"] for w in there)]
     return [*dict.fromkeys((*best, _RANDOM)), *asked]
+
+
+def _others(results: dict[str, Any], name: str) -> dict[str, str]:
+    """What an adapter is compared with, by the name of the difference."""
+    adapters = results["adapters"]
+    stem = _stem(adapters[name]["method"])
+    found = {"over_own": f"`{stem}`"}
+    for other, told in adapters.items():
+        if told["kind"] == "LoRA" and _stem(told["method"]) == stem and other != name:
+            found["over_lora"] = _link(other)[0]
+    return found
 
 
 def _named(results: dict[str, Any], name: str) -> list[str]:

@@ -109,7 +109,8 @@ def compare(
         trained_keep, command}}, `refused`, and `worlds` {world: {questions, images, full, blind,
         at {tokens: {best (of the methods without training), rows {name: {tokens (really left, a
         mean), accuracy, over_best, over_full, over_own (its method without training, where that
-        was asked)}}}}}}; differences are paired by question.
+        was asked), over_lora (its method with LoRA alone, for trained weights of it, where an
+        adapter of that kind was asked)}}}}}}; differences are paired by question.
 
     Raises:
         ConfigError: for a shelf without adapters, or one with a method's name.
@@ -248,12 +249,15 @@ def _world(
         best[tokens] = max(free, key=lambda name: free[name])
         left[tokens] = {name: row["tokens"] for name, row in rows.items()}
         own = {a.name: right[a.method] for a in adapters if a.method in free}
+        tuned = {a.method: right[a.name] for a in adapters if _tuned(a) and a.name in right}
+        lora = {a.name: tuned[a.method] for a in adapters if not _tuned(a) and a.method in tuned}
         values[tokens] = {
             name: {
                 "accuracy": row,
                 "over_best": row - right[best[tokens]],
                 "over_full": row - full,
                 **({"over_own": row - own[name]} if name in own else {}),
+                **({"over_lora": row - lora[name]} if name in lora else {}),
             }
             for name, row in right.items()
         }
@@ -281,6 +285,11 @@ def _rows(
         row = answers.get(_name(world, name, tokens))
         if row is not None and row["right"] is not None:
             yield name, row
+
+
+def _tuned(adapter: Shelved) -> bool:
+    """Whether the language model was trained and the method was not."""
+    return not adapter.found.learns
 
 
 def _mean(row: np.ndarray, kinds: np.ndarray) -> float:

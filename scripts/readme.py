@@ -367,7 +367,7 @@ def adapters_region(results: dict[str, Any]) -> str:
         "unweighted mean over their kinds; differences are paired by question. The best without "
         "training is the best on these very questions, which favours it, of "
         f"{listed}. TokDense is accuracy in % per visual token.\n\n"
-        "### The same method without training\n\n"
+        "### The same method without training, or with LoRA alone\n\n"
         f"{markdown(*adapter_tables.own_rows(results))}\n\n"
         f"Codes of `vqtoken` alone are its codebook; trained weights of it are VQ-Attention over "
         f"the token hash map. {source}\n\n"

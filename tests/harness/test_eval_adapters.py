@@ -20,6 +20,7 @@ from vlmcompress.reference import load
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 OF = 196
 RIGHT = {"vtc_cls": 12, "vqtoken": 16, "random": 8, "tenth": 18, "queries": 14, "codes": 20}
+RIGHT |= {"plain": 17}
 
 
 def _bits(n):
@@ -28,12 +29,15 @@ def _bits(n):
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """LoRA at a tenth, queries for any count up to 8, VQ-Attention at 4, and no adapters."""
+    """LoRA at a tenth and at 4 codes, queries for up to 8, VQ-Attention at 4, and no adapters."""
     folder = tmp_path_factory.mktemp("shelf")
     model, _ = load()
     with patch(with_lora(model), "vtc_cls", keep=0.1) as handle:
         hub.save(handle, folder / "tenth", trained_keep=(0.1, 0.1))
     (folder / "tenth" / "recipe.yaml").write_text("command: vlmcompress train lora --out x\n")
+    hub.unload(model)
+    with patch(with_lora(model), "vqtoken", keep=4) as handle:
+        hub.save(handle, folder / "plain", trained_keep=(4, 4))
     hub.unload(model)
     with patch(model, "mqt(max_tokens=16)", keep=8) as handle:
         hub.save(handle, folder / "queries", trained_keep=(1, 8))
@@ -80,13 +84,14 @@ def _fake(part):
 
 def test_what_is_on_the_shelf(shelf):
     found = {adapter.name: adapter for adapter in shelved(shelf)}
-    assert list(found) == ["codes", "queries", "tenth"]
+    assert list(found) == ["codes", "plain", "queries", "tenth"]
     assert {name: adapter.kind for name, adapter in found.items()} == {
         "codes": "trained weights",
+        "plain": "LoRA",
         "queries": "trained weights",
         "tenth": "LoRA",
     }
-    assert [found[name].method for name in found] == ["vqtoken", "mqt", "vtc_cls"]
+    assert [found[name].method for name in found] == ["vqtoken", "vqtoken", "mqt", "vtc_cls"]
     assert found["tenth"].command == "vlmcompress train lora --out x"
     digest = found["tenth"].digest
     (shelf / "tenth" / "results.json").write_text("{}")
@@ -141,7 +146,11 @@ def test_differences_are_paired_with_the_best_at_the_same_count(results):
     assert "vqtoken" not in world["at"]["1"]["rows"]
     assert {row["part"] for row in results["refused"]} == {"objects-vqtoken-1", "text-vqtoken-1"}
     assert world["at"]["20"]["rows"]["random"]["accuracy"][0] == pytest.approx(0.35)
-    assert world["at"]["4"]["rows"]["codes"]["over_own"][0] == pytest.approx(0.2)
+    at = world["at"]["4"]["rows"]
+    assert at["codes"]["over_own"][0] == pytest.approx(0.2)
+    assert at["codes"]["over_lora"][0] == pytest.approx(0.15)
+    assert at["plain"]["over_own"][0] == pytest.approx(0.05)
+    assert "over_lora" not in at["plain"] | at["queries"] | tenth
 
 
 def test_tables(results):
@@ -160,8 +169,10 @@ def test_tables(results):
     assert [row[:3] for row in rows] == [
         ["20", "[tenth](tenth/README.md)", "`vtc_cls`"],
         ["4", "[codes](codes/README.md)", "`vqtoken`"],
+        ["4", "[codes](codes/README.md)", "[plain](plain/README.md)"],
+        ["4", "[plain](plain/README.md)", "`vqtoken`"],
     ]
-    assert rows[1][4].startswith("+20.0 (")
+    assert [row[4].partition(" ")[0] for row in rows[1:]] == ["+20.0", "+15.0", "+5.0"]
 
 
 def test_the_page_says_the_commands(results):
@@ -174,7 +185,7 @@ def test_the_page_says_the_commands(results):
 def test_what_was_asked_is_not_asked_again(results, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "computed", lambda parts, processes: iter(()) if not parts else 1)
     assert adapters.compare(plan, tmp_path) == results
-    assert plan.size() == len(list(tmp_path.glob("*.json"))) == 2 * (1 + 5 * 3 + 1 + 3 + 1)
+    assert plan.size() == len(list(tmp_path.glob("*.json"))) == 2 * (1 + 5 * 3 + 1 + 3 + 2)
 
 
 @pytest.mark.slow
@@ -191,7 +202,7 @@ def test_a_small_comparison_from_end_to_end(shelf, tmp_path):
     assert {tokens: set(at["rows"]) for tokens, at in world["at"].items()} == {
         "20": {"random", "vqtoken", "tenth"},
         "8": {"random", "vqtoken", "queries"},
-        "4": {"random", "vqtoken", "codes", "queries"},
+        "4": {"random", "vqtoken", "codes", "plain", "queries"},
     }
     for tokens, at in world["at"].items():
         for row in at["rows"].values():
