@@ -19,10 +19,10 @@ from eval_harness.clock import Clock, ClockKind
 from eval_harness.rounds import Sample, interleave, summary
 from eval_harness.stages import tower_of
 from eval_harness.subject import NONE, Keep, under
-from vlmcompress.cli.values import location
 from vlmcompress.core.errors import ConfigError, UnsupportedModelError
 from vlmcompress.families.bare import SUPPORTED_BARE, BareFamily, bare_family_of
 from vlmcompress.families.towers import Tower
+from vlmcompress.loading import location
 from vlmcompress.methods import pipeline
 
 _IDLE = ("tome_tower", 0.5)  # for a patch that is never used

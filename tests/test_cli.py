@@ -16,8 +16,9 @@ from vlmcompress import demo as demos
 from vlmcompress import hub, patch
 from vlmcompress.cli import app
 from vlmcompress.cli.output import table
-from vlmcompress.cli.values import device_of, dtype_of, keep_of, words
+from vlmcompress.cli.values import keep_of, words
 from vlmcompress.core.errors import ConfigError
+from vlmcompress.loading import device_of, dtype_of
 from vlmcompress.methods import registry
 from vlmcompress.reference import KINDS, load, weights
 

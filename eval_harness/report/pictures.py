@@ -149,7 +149,7 @@ def _with_overlays(
 ) -> list[Sample]:
     """The same with overlays; where the model cannot be loaded, with the reason in their place."""
     from vlmcompress import patch
-    from vlmcompress.cli.values import clip_of, device_of, load
+    from vlmcompress.loading import clip_of, device_of, load
 
     common = run.asked["common"]
     try:

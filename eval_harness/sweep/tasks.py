@@ -12,7 +12,8 @@ from typing import Any
 from eval_harness.sweep.files import QUESTIONS, SUFFIXES, fingerprint, open_parquet, task_files
 from eval_harness.sweep.metrics import metric_of
 from eval_harness.sweep.naming import unknown
-from eval_harness.sweep.questions import Picture, Question, question_of
+from eval_harness.sweep.questions import Picture, Question
+from eval_harness.sweep.rows import question_of
 from vlmcompress.core.errors import ConfigError
 
 DRAWN = {"reference": "objects", "reference_text": "text"}

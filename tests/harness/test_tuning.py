@@ -10,8 +10,8 @@ from eval_harness.schedules import Spent, against_schedules, joined, matched, sc
 from eval_harness.tuning import candidates, tuned
 from tests.project import ROOT
 from vlmcompress import ConfigError
-from vlmcompress.cli.values import load
 from vlmcompress.hub.folder import read
+from vlmcompress.loading import load
 from vlmcompress.methods import create
 from vlmcompress.reference.data import samples
 

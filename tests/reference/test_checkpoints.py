@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.reference.test_training import SMALL, TINY
-from vlmcompress.cli.values import load
 from vlmcompress.core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from vlmcompress.loading import load
 from vlmcompress.reference import train
 from vlmcompress.reference.checkpoint import load_parameters, read_state, save_checkpoint
 from vlmcompress.reference.curve import learning_curve

@@ -18,7 +18,8 @@ from vlmcompress.cli.options import (
     TextQuestions,
 )
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, load, location
 
 QUESTIONS = 2000
 SHELF = Path("adapters")

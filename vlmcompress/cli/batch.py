@@ -20,7 +20,8 @@ from vlmcompress.cli.options import (
 )
 from vlmcompress.cli.output import emit
 from vlmcompress.cli.sweep import FAILED
-from vlmcompress.cli.values import REFERENCE, keep_of
+from vlmcompress.cli.values import keep_of
+from vlmcompress.loading import REFERENCE
 
 
 def batch(

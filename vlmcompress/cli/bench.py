@@ -12,15 +12,8 @@ import typer
 from vlmcompress.cli.bench_text import of_model, of_towers
 from vlmcompress.cli.options import Clip, Clock, Device, Json, Out
 from vlmcompress.cli.output import emit, progress
-from vlmcompress.cli.values import (
-    REFERENCE,
-    clip_of,
-    device_of,
-    dtype_of,
-    keep_of,
-    load,
-    words,
-)
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, clip_of, device_of, dtype_of, load
 
 _NONE = "none"
 _QUESTION = "What is in the picture?"

@@ -12,7 +12,7 @@ import typer
 
 from vlmcompress.cli.options import Device, Dtype, Json, ModelArgument
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, load
+from vlmcompress.loading import REFERENCE, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ import typer
 
 from vlmcompress.cli.options import Json, Weights
 from vlmcompress.cli.output import emit, progress, write
-from vlmcompress.cli.values import REFERENCE, load
+from vlmcompress.loading import REFERENCE, load
 
 
 def demo(

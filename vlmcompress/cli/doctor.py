@@ -23,7 +23,7 @@ def doctor(
     The exit code is 1 for a model that cannot be compressed.
     """
     from vlmcompress import doctor as doctors
-    from vlmcompress.cli.values import location
+    from vlmcompress.loading import location
 
     if model is None:
         environment = doctors.environment()

@@ -11,7 +11,8 @@ from typer.core import TyperGroup
 
 from vlmcompress.cli.options import Json, Parts, PartsOut, Processes, Seeds, TextQuestions, Weights
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, location, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, location
 
 
 class _Evaluation(TyperGroup):

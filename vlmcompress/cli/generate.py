@@ -9,7 +9,8 @@ import typer
 
 from vlmcompress.cli.options import Adapter, Clip, Device, Dtype, Json, Keep, Method, Model
 from vlmcompress.cli.output import emit
-from vlmcompress.cli.values import REFERENCE, clip_of, keep_of, load
+from vlmcompress.cli.values import keep_of
+from vlmcompress.loading import REFERENCE, clip_of, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,8 @@ import typer
 
 from vlmcompress.cli.options import Device, Json, Parts, PartsOut, Processes, Weights
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, load, location, words
+from vlmcompress.cli.values import words
+from vlmcompress.loading import REFERENCE, load, location
 
 _BATCH = 64
 

@@ -13,7 +13,7 @@ import typer
 from vlmcompress.cli.adapters import QUESTIONS, keeps_of, measured, shown
 from vlmcompress.cli.options import Device, Json, Model, Positions
 from vlmcompress.cli.output import emit, progress
-from vlmcompress.cli.values import REFERENCE, device_of, load, location
+from vlmcompress.loading import REFERENCE, device_of, load, location
 
 if TYPE_CHECKING:
     from vlmcompress.training.data import Source

@@ -9,7 +9,8 @@ import typer
 
 from vlmcompress.cli.options import Clock, Device, Json, TextQuestions, Weights
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, device_of, dtype_of, keep_of, location, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, device_of, dtype_of, location
 
 
 def pareto(

@@ -19,7 +19,8 @@ from vlmcompress.cli.options import (
     Weights,
 )
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, load, location, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, load, location
 
 app = typer.Typer(
     no_args_is_help=True, help="Train and evaluate the small model that ships with the library."

@@ -8,7 +8,8 @@ import typer
 
 from vlmcompress.cli.options import Device, Json, Out
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import REFERENCE, keep_of, load, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import REFERENCE, load
 
 
 def retrieval(

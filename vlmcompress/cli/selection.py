@@ -8,7 +8,8 @@ import typer
 
 from vlmcompress.cli.options import Clock, Device, Json, Out
 from vlmcompress.cli.output import emit, progress, table
-from vlmcompress.cli.values import device_of, dtype_of, keep_of, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import device_of, dtype_of
 
 
 def bench_selection(

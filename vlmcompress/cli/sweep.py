@@ -9,7 +9,8 @@ import typer
 
 from vlmcompress.cli.options import Clip, Device, Json
 from vlmcompress.cli.output import emit, table
-from vlmcompress.cli.values import clip_of, device_of, keep_of, load, words
+from vlmcompress.cli.values import keep_of, words
+from vlmcompress.loading import clip_of, device_of, load
 
 FAILED = 3
 """Exit code of a sweep that went through with samples that failed."""

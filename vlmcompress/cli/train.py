@@ -11,7 +11,7 @@ import typer
 from vlmcompress.cli.lora import lora
 from vlmcompress.cli.options import Device, Json, Precision
 from vlmcompress.cli.output import emit, progress
-from vlmcompress.cli.values import REFERENCE, load
+from vlmcompress.loading import REFERENCE, load
 
 app = typer.Typer(no_args_is_help=True, help="Train what methods learn, and LoRA.")
 

@@ -9,7 +9,8 @@ import typer
 
 from vlmcompress.cli.options import Clip, Clock, Device, Dtype, Json, ModelArgument, Positions
 from vlmcompress.cli.output import emit, table
-from vlmcompress.cli.values import REFERENCE, clip_of, load, words
+from vlmcompress.cli.values import words
+from vlmcompress.loading import REFERENCE, clip_of, load
 
 NONE_FOUND = 3
 """Exit code where no pipeline could be certified."""

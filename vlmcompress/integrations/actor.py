@@ -16,7 +16,7 @@ from vlmcompress.core.extras import require
 from vlmcompress.integrations import parts
 
 if TYPE_CHECKING:
-    from vlmcompress.integrations.ray import BatchPlan
+    from vlmcompress.integrations.batchplan import BatchPlan
 
 #: The index of what is no answer and stops the run; Ray would wrap an error, and lose its kind.
 _STOP = -1
@@ -51,7 +51,7 @@ class Actor:
         Raises:
             VLMCompressError: for a model or a method that cannot be.
         """
-        from vlmcompress.cli.values import clip_of, load
+        from vlmcompress.loading import clip_of, load
 
         plan = self._plan
         model, processor = load(plan.model, plan.dtype, self._device)

@@ -72,7 +72,7 @@ class Options:
             VLMCompressError: where `patch` or `vlmcompress.hub.load` refuses.
         """
         from vlmcompress import load_adapter, patch
-        from vlmcompress.cli.values import clip_of
+        from vlmcompress.loading import clip_of
 
         if not self.compresses:
             return None
@@ -124,7 +124,7 @@ def loaded(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vlmcompress.cli.values import device_of, dtype_of, location
+    from vlmcompress.loading import device_of, dtype_of, location
 
     where = location(pretrained)
     how = {
