@@ -39,7 +39,7 @@ def own_rows(results: dict[str, Any]) -> Table:
     for tokens in next(iter(worlds.values()))["at"]:
         for name in results["adapters"]:
             pairs = [world["at"][tokens]["rows"].get(name, {}) for world in worlds.values()]
-            for over, other in _others(results, name).items():
+            for over, other in _others(results, tokens, name).items():
                 if all(over in row for row in pairs):
                     cells = [(_range(row["accuracy"]), _gap(row[over])) for row in pairs]
                     found.append([tokens, *_link(name), other, *chain(*cells)])
@@ -63,15 +63,14 @@ def _names(results: dict[str, Any], tokens: str) -> list[str]:
     return [*dict.fromkeys((*best, _RANDOM)), *asked]
 
 
-def _others(results: dict[str, Any], name: str) -> dict[str, str]:
-    """What an adapter is compared with, by the name of the difference."""
-    adapters = results["adapters"]
-    stem = _stem(adapters[name]["method"])
-    found = {"over_own": f"`{stem}`"}
-    for other, told in adapters.items():
-        if told["kind"] == "LoRA" and _stem(told["method"]) == stem and other != name:
-            found["over_lora"] = _link(other)[0]
-    return found
+def _others(results: dict[str, Any], tokens: str, name: str) -> dict[str, str]:
+    """What an adapter is compared with at a count, by the name of the difference."""
+    method = _stem(results["adapters"][name]["method"])
+    tuned = next(iter(results["worlds"].values()))["at"][tokens]["tuned"]
+    others = {"over_own": f"`{method}`"}
+    if method in tuned:
+        others["over_lora"] = _link(tuned[method])[0]
+    return others
 
 
 def _named(results: dict[str, Any], name: str) -> list[str]:

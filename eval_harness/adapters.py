@@ -19,7 +19,7 @@ from eval_harness.comparison import digest, subject
 from eval_harness.paired import estimated, right_of
 from eval_harness.provenance import source, versions
 from eval_harness.resume import Part, measured
-from eval_harness.shelf import Shelved, shelved
+from eval_harness.shelf import LORA, Shelved, shelved
 from vlmcompress import hub
 from vlmcompress.core.errors import ConfigError
 from vlmcompress.core.keep import count
@@ -107,10 +107,10 @@ def compare(
         JSON-ready, estimates as [mean, low, high] in shares: `weights` (SHA-256), `plan`,
         `versions`, `machine`, `tokens` (of an image), `adapters` {name: {method, kind,
         trained_keep, command}}, `refused`, and `worlds` {world: {questions, images, full, blind,
-        at {tokens: {best (of the methods without training), rows {name: {tokens (really left, a
-        mean), accuracy, over_best, over_full, over_own (its method without training, where that
-        was asked), over_lora (its method with LoRA alone, for trained weights of it, where an
-        adapter of that kind was asked)}}}}}}; differences are paired by question.
+        at {tokens: {best (of the methods without training), tuned {method: its adapter with
+        LoRA alone}, rows {name: {tokens (really left, a mean), accuracy, over_best, over_full,
+        over_own (its method without training, where that was asked), over_lora (for trained
+        weights: the one of `tuned`, where there is one)}}}}}}; differences are paired by question.
 
     Raises:
         ConfigError: for a shelf without adapters, or one with a method's name.
@@ -241,6 +241,7 @@ def _world(
     kinds = np.array(bare["kinds"])
     values: dict[str, Any] = {"full": full, "blind": blind}
     best: dict[str, str] = {}
+    tuned: dict[str, dict[str, str]] = {}
     left: dict[str, dict[str, float]] = {}
     for tokens in map(str, counts(plan, adapters, of)):
         rows = dict(_rows(plan, world, adapters, tokens, answers))
@@ -249,8 +250,10 @@ def _world(
         best[tokens] = max(free, key=lambda name: free[name])
         left[tokens] = {name: row["tokens"] for name, row in rows.items()}
         own = {a.name: right[a.method] for a in adapters if a.method in free}
-        tuned = {a.method: right[a.name] for a in adapters if _tuned(a) and a.name in right}
-        lora = {a.name: tuned[a.method] for a in adapters if not _tuned(a) and a.method in tuned}
+        alone = tuned[tokens] = {
+            a.method: a.name for a in adapters if a.kind == LORA and a.name in right
+        }
+        lora = {a.name: right[alone[a.method]] for a in adapters if _beside(a, alone)}
         values[tokens] = {
             name: {
                 "accuracy": row,
@@ -270,6 +273,7 @@ def _world(
         "at": {
             tokens: {
                 "best": best[tokens],
+                "tuned": tuned[tokens],
                 "rows": {n: {"tokens": left[tokens][n], **row} for n, row in told[tokens].items()},
             }
             for tokens in best
@@ -287,9 +291,9 @@ def _rows(
             yield name, row
 
 
-def _tuned(adapter: Shelved) -> bool:
-    """Whether the language model was trained and the method was not."""
-    return not adapter.found.learns
+def _beside(adapter: Shelved, alone: Mapping[str, str]) -> bool:
+    """Whether an adapter has more than LoRA, and another of its method has that alone."""
+    return adapter.kind != LORA and adapter.method in alone
 
 
 def _mean(row: np.ndarray, kinds: np.ndarray) -> float:

@@ -15,6 +15,9 @@ from vlmcompress.hub.folder import read
 from vlmcompress.training.measure import Measurable
 from vlmcompress.training.recipe import recipe_of
 
+LORA = "LoRA"
+"""The kind of adapters that train the language model and nothing else."""
+
 
 @dataclass(frozen=True)
 class Shelved:
@@ -51,7 +54,7 @@ class Shelved:
     def kind(self) -> str:
         """What was trained."""
         learnt = "trained weights" * self.found.learns
-        return " + ".join(filter(None, (learnt, "LoRA" * self.found.lora)))
+        return " + ".join(filter(None, (learnt, LORA * self.found.lora)))
 
     def keep_for(self, tokens: int, of: int) -> float | int | None:
         """The budget that leaves so many tokens; None outside of what it was trained for.

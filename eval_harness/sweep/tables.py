@@ -56,9 +56,8 @@ def mean_kept(row: Mapping[str, Any]) -> float | None:
     Args:
         row: of a task's results.
     """
-    kept = row["tokens"].get("visual_kept")
     layers = row["visual_layers"]
-    return fmean(layers) if kept and layers else kept or None
+    return (fmean(layers) if layers else row["tokens"].get("visual_kept")) or None
 
 
 def density(row: Mapping[str, Any]) -> str:

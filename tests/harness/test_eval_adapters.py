@@ -19,8 +19,10 @@ from vlmcompress.reference import load
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
 OF = 196
-RIGHT = {"vtc_cls": 12, "vqtoken": 16, "random": 8, "tenth": 18, "queries": 14, "codes": 20}
-RIGHT |= {"plain": 17}
+RIGHT = {
+    **{"vtc_cls": 12, "vqtoken": 16, "random": 8},
+    **{"tenth": 18, "queries": 14, "codes": 20, "plain": 17},
+}
 
 
 def _bits(n):
@@ -151,6 +153,8 @@ def test_differences_are_paired_with_the_best_at_the_same_count(results):
     assert at["codes"]["over_lora"][0] == pytest.approx(0.15)
     assert at["plain"]["over_own"][0] == pytest.approx(0.05)
     assert "over_lora" not in at["plain"] | at["queries"] | tenth
+    assert world["at"]["4"]["tuned"] == {"vqtoken": "plain"}
+    assert world["at"]["20"]["tuned"] == {"vtc_cls": "tenth"}
 
 
 def test_tables(results):
